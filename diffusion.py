@@ -1,0 +1,969 @@
+"""Diffusion: a Markovian hierarchical VAE whose encoder is fixed to add Gaussian noise, x_t = alpha_t x + sigma_t eps.
+
+A hierarchical VAE learns a chain p(z_L) p(z_L-1 | z_L) ... p(x | z_1) and an encoder for it, and the two fight: levels
+collapse, deep chains are hard to train. The remedy shown here is to fix the encoder to a Gaussian Markov chain, so that
+each level's KL is a squared error that one network learns for all levels at once, and to let their number go to infinity.
+
+Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v and distillation (Salimans
+2022), DPM-Solver++ (Lu 2022), classifier-free guidance (Ho 2022), flow matching (Lipman 2023), logit-normal t (Esser 2024).
+  q(x_t | x), all schedules ............... SCHEDULES, q_sample      DDPM eq. 4, flow matching eq. 20
+  what the network predicts, and back ..... TARGETS, denoise         Salimans sec. 4 and app. D
+  training loss ........................... METHODS, loss            DDPM eq. 14
+  evidence lower bound, its three terms ... elbo                     VDM eqs. 11 to 15
+  DDPM, DDIM, DPM-Solver++(2M), Heun ...... sample                   DDPM eq. 11, DDIM eq. 12, DPM-Solver++ alg. 2
+
+  python diffusion.py                                            # digits
+  python diffusion.py --dataset mnist --minutes 10               # MNIST on two CPU cores
+  python diffusion.py --mode sample --dataset mnist --num-samples 1000 --guidance 1.5 --label 7
+One GPU, CIFAR-10 (not measured): --dataset cifar10 --patch 1 --width 128 --mults 1 2 2 2 --blocks 3 --dropout 0.1
+  --batch-size 256 --lr 3e-4 --warmup 2000 --ema 0.9999 --steps 200000 --device cuda --amp bf16 --compile
+Result: RESULT_LINE
+"""
+
+import argparse
+import collections
+import copy
+import dataclasses
+import functools
+import gzip
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import urllib.request
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
+    from kernels.group_norm import group_norm_silu
+except ImportError:
+
+    def group_norm_silu(x, groups, weight, bias, eps=1e-5):
+        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+try:
+    from kernels.attention import attention
+except ImportError:
+
+    def attention(q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@dataclass
+class Config:
+    # the core, the same in all six scripts
+    mode: Literal["train", "eval", "sample"] = "train"  # train (evaluates and samples at the end), eval or sample alone
+    dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
+    data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
+    image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
+    steps: int | None = None  # optimizer steps, 4000 where --minutes is not given either (> 0)
+    minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
+    batch_size: int = 128  # images a step, over all processes (> 0)
+    lr: float = 2e-3  # peak learning rate of AdamW (> 0)
+    seed: int = 0  # seed of everything random (>= 0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
+    compile: bool = False  # torch.compile the network
+    kernels: Literal["auto", "torch", "triton"] = "auto"  # fused kernels or plain PyTorch
+    out: str | None = None  # run directory, runs/<script>-<dataset> where not given
+    resume: bool = False  # continue the run in --out from its last checkpoint
+    overwrite: bool = False  # start anew in an --out that holds a run already
+    num_samples: int = 64  # images to write to samples.npz (> 0)
+    ema: float = 0.999  # decay of the averaged weights that are evaluated and sampled (0 to 1)
+    log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
+    save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
+    # the model
+    method: Literal["flow", "v", "ddpm", "cosine"] = "flow"  # row of METHODS; the four flags below replace its entries
+    schedule: Literal["auto", "straight", "cosine", "linear"] = "auto"  # alpha_t and sigma_t
+    predict: Literal["auto", "eps", "x", "v", "velocity"] = "auto"  # what the network puts out
+    loss: Literal["auto", "eps", "x", "v", "velocity"] = "auto"  # whose squared error is minimised
+    times: Literal["auto", "uniform", "logit-normal"] = "auto"  # distribution of t in training
+    patch: int = 0  # pixels a side folded into channels at the door; 0: 1 below 16 pixels, else 2 (>= 0)
+    width: int = 64  # channels of the first level (> 0)
+    mults: tuple[int, ...] = (1, 2)  # channels of each level over --width; each level halves the image (> 0)
+    blocks: int = 2  # residual blocks a level (> 0)
+    n_head: int = 4  # attention heads at the lowest level, 0 for no attention (>= 0)
+    dropout: float = 0.0  # dropout in residual blocks (0 to 1)
+    label_dropout: float = 0.1  # share of labels hidden in training, for guidance (0 to 1)
+    weight_decay: float = 0.0  # AdamW's (>= 0)
+    warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
+    grad_clip: float = 1.0  # largest norm of the gradient (> 0)
+    # evaluation and sampling: free to change on a trained model
+    max_logsnr: float = 6.0  # log SNR at which the chain of latents ends and the decoder begins, in elbo (0 to 14)
+    elbo_samples: int = 16  # time samples an image in elbo (> 0)
+    sampler: Literal["ddim", "ddpm", "dpm++", "heun"] = "dpm++"  # update rule
+    sampling_steps: int = 20  # network evaluations a sample, two a label with guidance (> 0)
+    guidance: float = 1.0  # classifier-free guidance: 0 unconditional, 1 conditional, more is sharper (>= 0)
+    label: int | None = None  # sample this class only, else all in turn (>= 0)
+    inpaint: str | None = None  # fill in test images: left, right, top, bottom, or a mask image whose white is kept
+    interpolate: bool = False  # write a grid of interpolations between test images
+
+
+# What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
+FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
+    max_logsnr elbo_samples sampler sampling_steps guidance label inpaint interpolate""".split()
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def timestep_embedding(t, dim):
+    """Sines and cosines of t at dim/2 frequencies. t (B,) in [0,1] -> (B, dim)."""
+    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = 1000 * t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    def __init__(self, channels):
+        super().__init__(math.gcd(8, channels), channels)
+
+    def forward(self, x):
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def zero(module):
+    """Start a residual branch (or the output) at zero."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, c_cond, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = GroupNormSiLU(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.cond = nn.Linear(c_cond, c_out)
+        self.norm2, self.conv2 = GroupNormSiLU(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, cond):
+        h = self.conv1(self.norm1(x)) + self.cond(cond)[:, :, None, None]  # (B, c_out, H, W)
+        return self.skip(x) + self.conv2(self.dropout(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    def __init__(self, channels, n_head):
+        super().__init__()
+        self.n_head, self.norm = n_head, nn.GroupNorm(1, channels)
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.n_head, C // self.n_head, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, n_head, H*W, head_dim)
+        y = attention(q, k, v)
+        return x + self.proj(y.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """The network of all levels of the chain: (x_t, t, y) -> eps, x, v or velocity, of the shape of x_t.
+
+    x_t (B,C,H,W), about [-1,1] at t=0; t (B,) in [0,1]; y (B,) int64 in {0..classes}, where `classes` means no label.
+    Any H and W: the image is zero-padded at the right and bottom to a multiple of patch * 2^(levels-1), and cropped back.
+    """
+
+    def __init__(self, channels, classes, patch, cfg):
+        super().__init__()
+        widths = [cfg.width * m for m in cfg.mults]
+        if cfg.n_head and widths[-1] % cfg.n_head:
+            raise ValueError(f"--n-head {cfg.n_head} does not divide the {widths[-1]} channels of the lowest level")
+        c_cond, self.classes, self.patch = 4 * cfg.width, classes, patch
+        self.multiple = patch * 2 ** (len(widths) - 1)
+        self.time = nn.Sequential(nn.Linear(cfg.width, c_cond), nn.SiLU(), nn.Linear(c_cond, c_cond))
+        self.label = nn.Embedding(classes + 1, c_cond) if classes else None
+        self.stem = nn.Conv2d(channels * patch**2, cfg.width, 3, padding=1)
+        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [cfg.width], cfg.width
+        for level, w in enumerate(widths):
+            for _ in range(cfg.blocks):
+                self.down.append(ResBlock(c, w, c_cond, cfg.dropout))
+                skips.append(c := w)
+            if level < len(widths) - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        self.mid = nn.ModuleList([ResBlock(c, c, c_cond, cfg.dropout), ResBlock(c, c, c_cond, cfg.dropout)])
+        self.attention = Attention(c, cfg.n_head) if cfg.n_head else nn.Identity()
+        for level, w in reversed(list(enumerate(widths))):
+            for _ in range(cfg.blocks + 1):
+                self.up.append(ResBlock(c + skips.pop(), w, c_cond, cfg.dropout))
+                c = w
+            if level > 0:
+                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+        self.norm, self.head = GroupNormSiLU(c), zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
+
+    def forward(self, x, t, y=None):
+        H, W = x.shape[-2:]
+        cond = self.time(timestep_embedding(t, self.time[0].in_features))
+        if self.label is not None:
+            cond = cond + self.label(y)
+        cond = F.silu(cond)  # (B, 4*width)
+        h = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple))
+        h = self.stem(F.pixel_unshuffle(h, self.patch))  # (B, width, H/patch, W/patch)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, cond) if isinstance(layer, ResBlock) else layer(h)
+            skips.append(h)
+        h = self.mid[1](self.attention(self.mid[0](h, cond)), cond)  # (B, C', H/multiple, W/multiple)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), cond)
+            else:
+                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return F.pixel_shuffle(self.head(self.norm(h)), self.patch)[..., :H, :W]
+
+
+# ------------------------------------------------------------------------------------------------------------ the maths
+# t in [0,1] runs from data to noise, x in [-1,1], lambda_t = log(alpha_t^2 / sigma_t^2) is the log signal-to-noise ratio.
+
+
+def straight(t):  # flow matching, rectified flow
+    return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+
+
+def cosine(t):  # Nichol and Dhariwal 2021, without their offset
+    a, s = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+    return a, s, -math.pi / 2 * s, math.pi / 2 * a
+
+
+def linear(t, b0=0.1, b1=20.0):  # DDPM: beta_t = b0 + (b1 - b0) t, in continuous time as Song et al. 2021, eq. 33
+    log_a = -t * b0 / 2 - t**2 * (b1 - b0) / 4
+    a, s, half_beta = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt(), (b0 + (b1 - b0) * t) / 2
+    return a, s, -half_beta * a, half_beta * a**2 / s
+
+
+def linear_time(logsnr, b0=0.1, b1=20.0):  # 1/alpha^2 = 1 + exp(-lambda), and log alpha is quadratic in t
+    return 2 * F.softplus(-logsnr) / (b0 + (b0**2 + 2 * (b1 - b0) * F.softplus(-logsnr)).sqrt())
+
+
+SCHEDULES = {  # name: (t -> alpha, sigma and their derivatives, log SNR -> t)
+    "straight": (straight, lambda logsnr: torch.sigmoid(-logsnr / 2)),
+    "cosine": (cosine, lambda logsnr: 2 / math.pi * torch.atan(torch.exp(-logsnr / 2))),
+    "linear": (linear, linear_time),
+}
+TARGETS = {  # what a network may predict is a x + b eps: name: (alpha, sigma, alpha', sigma') -> (a, b)
+    "eps": lambda a, s, da, ds: (0 * a, 1 + 0 * a),
+    "x": lambda a, s, da, ds: (1 + 0 * a, 0 * a),
+    "v": lambda a, s, da, ds: (-s, a),
+    "velocity": lambda a, s, da, ds: (da, ds),  # dx_t / dt
+}
+METHODS = {  # --method: (--schedule, --predict, --loss, --times)
+    "ddpm": ("linear", "eps", "eps", "uniform"),  # Ho 2020, L_simple
+    "cosine": ("cosine", "eps", "eps", "uniform"),  # Nichol 2021
+    "v": ("cosine", "v", "v", "uniform"),  # Salimans 2022
+    "flow": ("straight", "velocity", "velocity", "logit-normal"),  # Lipman 2023, Esser 2024
+}
+MIN_LOGSNR, MAX_LOGSNR = -10.0, 14.0  # the ends of the chain: noise without signal, signal without noise
+
+
+def choose(cfg):
+    """Write the method's entries into the fields left at auto."""
+    for field, value in zip(("schedule", "predict", "loss", "times"), METHODS[cfg.method], strict=True):
+        if getattr(cfg, field) == "auto":
+            setattr(cfg, field, value)
+    return cfg
+
+
+def time_of(logsnr, cfg):
+    return SCHEDULES[cfg.schedule][1](torch.as_tensor(logsnr, dtype=torch.float64))
+
+
+def coefficients(t, cfg, x=None):
+    """alpha, sigma, alpha', sigma' at t in float64, or as (B,1,1,1) in the type of x."""
+    out = SCHEDULES[cfg.schedule][0](t.double())
+    return out if x is None else [c.to(x).view(-1, 1, 1, 1) for c in out]
+
+
+def q_sample(x, t, eps, cfg):
+    """The encoder of the hierarchical VAE, q(x_t | x) = N(alpha_t x, sigma_t^2). x, eps (B,C,H,W), t (B,)."""
+    a, s, _, _ = coefficients(t, cfg, x)
+    return a * x + s * eps
+
+
+def loss(model, x, y, cfg, t=None, eps=None):
+    """Squared error of --loss for a network that predicts --predict, mean over pixels. x (B,C,H,W) in [-1,1] -> (B,)."""
+    if t is None:
+        u = torch.rand(len(x), device=x.device, dtype=torch.float64)
+        t = torch.sigmoid(torch.randn_like(u)) if cfg.times == "logit-normal" else u
+        low, high = time_of([MAX_LOGSNR, MIN_LOGSNR], cfg).tolist()
+        t = low + (high - low) * t
+    eps = torch.randn_like(x) if eps is None else eps
+    c = a, s, _, _ = coefficients(t, cfg, x)
+    (ax, bx), (al, bl) = TARGETS[cfg.predict](*c), TARGETS[cfg.loss](*c)
+    out = model(a * x + s * eps, t.to(x), y)
+    weight = ((a * bl - s * al) / (a * bx - s * ax)) ** 2  # an error of one target in the units of the other
+    return (weight * (out - (ax * x + bx * eps)) ** 2).mean((1, 2, 3))
+
+
+def denoise(model, x_t, t, y, cfg, guidance=1.0):
+    """What the network says of x and eps, from any prediction: solves {alpha x + sigma eps = x_t, a x + b eps = out}."""
+    if y is None or guidance == 1:
+        out = model(x_t, t.to(x_t), y)
+    else:  # classifier-free guidance
+        out = model(x_t, t.to(x_t), torch.full_like(y, model.classes))
+        if guidance != 0:
+            out = out + guidance * (model(x_t, t.to(x_t), y) - out)
+    c = a, s, _, _ = coefficients(t, cfg, x_t)
+    ax, bx = TARGETS[cfg.predict](*c)
+    out = out.to(x_t)
+    return (bx * x_t - s * out) / (a * bx - s * ax), (a * out - ax * x_t) / (a * bx - s * ax)
+
+
+def decoder_log_prob(x, x_0, logsnr, histogram):
+    """log p(x | x_0) of each pixel: Bayes' rule for a pixel that has this histogram and was seen through Gaussian noise.
+
+    x (B,C,H,W) in {0..255}; x_0 (B,C,H,W), the last latent divided by alpha; histogram (256,). Sums to 1 over the levels.
+    """
+    levels = torch.arange(256, device=x.device, dtype=x_0.dtype) / 127.5 - 1
+    logits = -0.5 * math.exp(logsnr) * (x_0[..., None] - levels) ** 2 + (histogram / histogram.sum()).log().to(x_0)
+    return logits.log_softmax(-1).gather(-1, x[..., None].long())[..., 0]
+
+
+@torch.no_grad()
+def elbo(model, x, y, cfg, histogram, generator=None):
+    """Bits per dimension of 8-bit data under the hierarchical VAE with infinitely many levels (an upper bound), as terms.
+
+    x (B,C,H,W) uint8 in {0..255}, y (B,) the given labels; log p(x | y) >= -(prior + diffusion + reconstruction).
+    The integral over log SNR is estimated with --elbo-samples stratified times an image (low variance, VDM app. I.1).
+    """
+    data, dims = x / 127.5 - 1, x[0].numel()  # [-1,1]
+    low, high, K, B = MIN_LOGSNR, cfg.max_logsnr, cfg.elbo_samples, len(x)
+    prior = 0.5 * math.exp(low) * (data**2).sum((1, 2, 3))  # KL(q(x_1|x) || N(0, sigma_1^2)), VDM eq. 14
+    rand = torch.rand(1, generator=generator, dtype=torch.float64)
+    u = ((rand + torch.arange(B, dtype=torch.float64) / B) % 1).to(x.device)
+    diffusion = 0
+    for k in range(K):  # sum of all levels' KLs = 1/2 int E|eps - eps_hat|^2 d lambda, VDM eq. 15
+        t = time_of(low + (high - low) * (k + u) / K, cfg)
+        eps = torch.randn(data.shape, generator=generator).to(data)
+        eps_hat = denoise(model, q_sample(data, t, eps, cfg), t, y, cfg)[1]
+        diffusion = diffusion + 0.5 * (high - low) / K * ((eps - eps_hat) ** 2).sum((1, 2, 3))
+    x_0 = data + math.exp(-high / 2) * torch.randn(data.shape, generator=generator).to(data)
+    reconstruction = -decoder_log_prob(x, x_0, high, histogram).sum((1, 2, 3))
+    terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
+    terms["bpd"] = prior + diffusion + reconstruction
+    return {name: nats / (dims * math.log(2)) for name, nats in terms.items()}
+
+
+@torch.no_grad()
+def sample(model, x, y, cfg, generator=None, t_start=None, fix=lambda x, t: x):
+    """Run the chain from noise to data: x ~ N(0, 1) (B,C,H,W) at t_start (the noise end where None) -> [-1,1].
+
+    Every sampler steps from t to s by x_s = keep x_t + (alpha_s - alpha_t keep) d + tau noise, which moves x_t = alpha_t
+    x + sigma_t eps to level s exactly where d is the true x. They differ in d, the estimate of x, and in tau:
+      ddim   d = x_hat(t)                                   tau = 0
+      ddpm   d = x_hat(t)                                   tau^2 = variance of q(x_s | x_t, x)
+      dpm++  d = x_hat(t) extrapolated from the last step   tau = 0
+      heun   d = mean of x_hat(t) and x_hat(s)              tau = 0
+    The last step goes to t = 0, where x_s = d: no noise is added. `fix(x, t)` may replace x after each step (inpainting).
+    """
+    n = (cfg.sampling_steps + 1) // 2 if cfg.sampler == "heun" else cfg.sampling_steps
+    t_start = time_of(MIN_LOGSNR, cfg).item() if t_start is None else t_start
+    times = torch.linspace(t_start, 0, n + 1, dtype=torch.float64, device=x.device)
+
+    def x_hat(x, t):
+        return denoise(model, x, t.expand(len(x)), y, cfg, cfg.guidance)[0].clamp(-1, 1)
+
+    last_d = last_h = None
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        a_t, s_t, a_s, s_s = (c.item() for c in (*coefficients(t, cfg)[:2], *coefficients(s, cfg)[:2]))
+        tau = s_s * max(1 - (a_t * s_s / (a_s * s_t)) ** 2, 0) ** 0.5 if cfg.sampler == "ddpm" else 0.0
+        keep = (s_s**2 - tau**2) ** 0.5 / s_t
+        d0 = d = x_hat(x, t)
+        if i < n - 1:
+            if cfg.sampler == "heun":
+                d = (d0 + x_hat(keep * x + (a_s - a_t * keep) * d0, s)) / 2
+            h = math.log(a_s * s_t / (s_s * a_t))  # half the step in log SNR
+            if cfg.sampler == "dpm++" and i > 0:
+                d = d0 + h / (2 * last_h) * (d0 - last_d)
+            last_d, last_h = d0, h
+        x = keep * x + (a_s - a_t * keep) * d
+        if tau > 0:
+            x = x + tau * torch.randn(x.shape, generator=generator).to(x)
+        x = fix(x, s)
+    return x.clamp(-1, 1)
+
+
+def inpaint(model, x, mask, y, cfg, generator=None):
+    """Sample the pixels where mask is 0, given those where it is 1. x (B,C,H,W) in [-1,1], mask (1,1,H,W) in {0,1}.
+
+    After each step the known pixels are replaced by a draw of q(x_t | x) (Song et al. 2021, app. I.2).
+    """
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    return sample(model, noise, y, cfg, generator, None,
+                  lambda x_t, t: mask * q_sample(x, t.expand(len(x)), noise, cfg) + (1 - mask) * x_t)
+
+
+def interpolate(model, x1, x2, y, cfg, generator=None, count=8, logsnr=-1.0):
+    """Mix two images at a noisy level of the chain, and come back (DDPM sec. 4.3). x1, x2 (B,C,H,W) -> (B,count,C,H,W)."""
+    t, noise = time_of(logsnr, cfg).item(), torch.randn(x1.shape, generator=generator).to(x1)
+    mixes = [(1 - w) * x1 + w * x2 for w in torch.linspace(0, 1, count).tolist()]
+    level = x1.new_full((len(x1),), t)
+    return torch.stack([sample(model, q_sample(m, level, noise, cfg), y, cfg, generator, t) for m in mixes], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- the loops
+
+BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
+
+
+def train(model, ema, data, cfg, run):
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    run.begin(parts)
+    net = torch.compile(model) if cfg.compile else model
+    model.train()
+    for step in run.steps():
+        x, y = run.batch(data)
+        y = torch.where(torch.rand(len(y), device=y.device) < cfg.label_dropout, data.classes, y)
+        warmup = min(1, (step + 1) / (cfg.warmup + 1))
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * warmup * math.cos(math.pi / 2 * run.progress) ** 2
+        with run.autocast():
+            batch_loss = loss(net, x / 127.5 - 1, y, cfg).mean()
+        norm = run.update(batch_loss, model, optimizer, cfg.grad_clip)
+        decay = min(cfg.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        run.log(loss=batch_loss, grad_norm=norm, lr=lr)
+        if run.step % cfg.save_every == 0:
+            run.save(parts)
+            images, _ = generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)
+            save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
+    run.save(parts)
+    run.check()
+
+
+def evaluate(ema, data, cfg, run):
+    """Bits per dimension of the whole test split (given the labels) and its terms."""
+    histogram = 1 + torch.bincount(data.train.flatten(), minlength=256).double()
+    generator, sums = torch.Generator().manual_seed(cfg.seed), {}
+    for x, y in zip(data.test.split(BATCH), data.test_labels.split(BATCH), strict=True):
+        run.check()
+        for name, bits in elbo(ema, x.to(run.device), y.to(run.device), cfg, histogram.to(run.device), generator).items():
+            sums[name] = sums.get(name, 0) + bits.double().sum().item()
+    return {f"test_{name}": total / len(data.test) for name, total in sums.items()}
+
+
+def generate(ema, n, shape, classes, cfg, run):
+    """n images (n,C,H,W) uint8 and labels (n,), from the averaged weights and the noise of --seed."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
+    images = []
+    for y in labels.split(BATCH):
+        run.check()
+        noise = torch.randn(len(y), *shape, generator=generator).to(run.device)
+        images.append(to_uint8(sample(ema, noise, y.to(run.device), cfg, generator)))
+    return torch.cat(images), labels
+
+
+def to_uint8(x):
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+
+
+def show_edits(ema, data, cfg, run):
+    """inpaint.png: pairs of the given pixels and the completed image; interpolate.png: a row a pair of test images."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    x, y = data.test[:40].to(run.device) / 127.5 - 1, data.test_labels[:40].to(run.device)
+    if cfg.inpaint:
+        mask = read_mask(cfg.inpaint, x.shape[-2:]).to(x)
+        pairs = torch.stack([x * mask - (1 - mask), inpaint(ema, x, mask, y, cfg, generator)], 1)
+        save_grid(to_uint8(pairs.flatten(0, 1)), run.out / "inpaint.png", 10)
+    if cfg.interpolate:
+        half = len(x) // 2
+        none = torch.full_like(y[:half], data.classes)
+        rows = interpolate(ema, x[:half], x[half:2 * half], none, cfg, generator)
+        save_grid(to_uint8(rows[:10].flatten(0, 1)), run.out / "interpolate.png", rows.shape[1])
+
+
+def read_mask(name, size):
+    """(1,1,H,W) of 1 where the pixel is known: a half of the image, or the white of an image file."""
+    H, W = size
+    row, column = torch.arange(H)[:, None].expand(H, W), torch.arange(W).expand(H, W)
+    halves = {"left": column < W // 2, "right": column >= W // 2, "top": row < H // 2, "bottom": row >= H // 2}
+    if name in halves:
+        return halves[name][None, None]
+    try:
+        return torch.from_numpy(np.asarray(Image.open(name).convert("L").resize((W, H))) > 127)[None, None]
+    except OSError as e:
+        fail(f"--inpaint {name}: neither left, right, top nor bottom, nor a readable image ({e})")
+
+
+# ======== plumbing, byte-identical in all six scripts (python tools/sync.py): nothing about the model is in it ========
+
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MIRRORS = {
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+    "fashion_mnist": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                      "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
+}
+SHA256 = {  # of each decompressed file (of the archive itself for cifar10)
+    "mnist": dict(zip(MNIST_FILES, (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"), strict=True)),
+    "fashion_mnist": dict(zip(MNIST_FILES, (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"), strict=True)),
+    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+}
+
+
+class Data(NamedTuple):
+    train: torch.Tensor  # (N,C,H,W) uint8
+    train_labels: torch.Tensor  # (N,) int64, all 0 where there are no classes
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    classes: int  # 0 where there are no labels
+
+
+def fail(message, code=2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def fetch(name, file, data_dir):
+    """The checked bytes of one file of a data set: from --data-dir, Debian's package, or the first mirror that has it."""
+    digest, tried = SHA256[name][file], []
+    unpack = bytes if file.endswith(".tar.gz") else gzip.decompress
+    gz, folder = file + ("" if unpack is bytes else ".gz"), Path(data_dir) / name
+
+    def check(raw, packed):
+        content = unpack(raw) if packed else raw
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError("wrong SHA-256")
+        return content
+
+    for path in (folder / gz, folder / file, *(Path("/usr/share/datasets/fashion-mnist") / f for f in (gz, file))):
+        if path.is_file() and not (name == "mnist" and path.parent != folder):
+            try:
+                return check(path.read_bytes(), path.name == gz)
+            except (OSError, EOFError, ValueError, zlib.error) as e:
+                tried.append(f"{path} ({e or type(e).__name__})")
+    for url in (mirror + gz for mirror in MIRRORS[name]):
+        part = folder / f"{gz}.{os.getpid()}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=20) as response, open(part, "wb") as f:
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=gz, disable=None) as bar:
+                    while chunk := response.read(1 << 16):
+                        bar.update(f.write(chunk))
+            content = check(part.read_bytes(), True)
+            os.replace(part, folder / gz)
+            return content
+        except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as e:
+            tried.append(f"{url} ({e or type(e).__name__})")
+        finally:
+            part.unlink(missing_ok=True)
+    fail(f"no copy of {name}/{gz}: tried {folder / gz}, {', '.join(tried)}; put the file into {folder}, "
+         "or use --dataset digits, which needs no network", 1)
+
+
+def load_folder(root, size):
+    """A folder of images, flat or with one subfolder a class; every tenth by name is held out as the test split.
+
+    Grey only where all are grey, else RGB over white where there is alpha. Where sizes differ (or with --image-size) each
+    is scaled to cover the target, the commonest size, and cropped at the centre. What cannot be read is named and skipped.
+    """
+    names = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    folders = [root / n for n in names] if names else [root]
+    images, labels, broken = [], [], []
+    for path, label in ((p, i) for i, d in enumerate(folders) for p in sorted(d.iterdir()) if p.is_file()):
+        if path.suffix.lower() not in Image.registered_extensions():
+            continue
+        try:
+            with Image.open(path) as im:
+                if im.mode.startswith("I"):  # 16 bits a pixel
+                    im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                if "A" in im.getbands() or "transparency" in im.info:
+                    white = Image.new("RGBA", im.size, "white")
+                    im = Image.alpha_composite(white, im.convert("RGBA"))
+                images.append(im.convert("L" if im.mode in ("1", "L") else "RGB"))
+                labels.append(label)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            broken.append(f"{path} ({e})")
+    if broken:
+        print(f"skipped {len(broken)} broken images: {'; '.join(broken[:5])}{' ...' if broken[5:] else ''}", file=sys.stderr)
+    if len(images) < 2:
+        fail(f"{root} holds {len(images)} readable images (flat, or one subfolder a class): at least 2 are needed")
+    target = (size, size) if size else collections.Counter(im.size for im in images).most_common(1)[0][0]
+    mode = "L" if all(im.mode == "L" for im in images) else "RGB"
+    images = [np.atleast_3d(np.asarray(ImageOps.fit(im.convert(mode), target))) for im in images]
+    x, y = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    held = torch.arange(len(x)) % 10 == 1
+    return Data(x[~held], y[~held], x[held], y[held], len(names))
+
+
+def load_data(name, data_dir, image_size=0) -> Data:
+    """digits, mnist, fashion_mnist, cifar10 or a folder of images, whole in memory."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x = torch.from_numpy(np.round(digits.images * 255 / 16).astype(np.uint8))[:, None]
+        order = np.random.RandomState(0).permutation(len(x))
+        x, y = x[order], torch.from_numpy(digits.target[order]).long()
+        data = Data(x[297:], y[297:], x[:297], y[:297], 10)
+    elif name in ("mnist", "fashion_mnist"):
+        raw = [np.frombuffer(fetch(name, f, data_dir), np.uint8) for f in MNIST_FILES]
+        x = [torch.from_numpy(r[16:].reshape(-1, 1, 28, 28).copy()) for r in raw[::2]]
+        y = [torch.from_numpy(r[8:].astype(np.int64)) for r in raw[1::2]]
+        data = Data(x[0], y[0], x[1], y[1], 10)
+    elif name == "cifar10":
+        archive = tarfile.open(fileobj=io.BytesIO(fetch(name, "cifar-10-binary.tar.gz", data_dir)))
+        files = [f"cifar-10-batches-bin/{f}.bin" for f in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+        rows = np.concatenate([np.frombuffer(archive.extractfile(f).read(), np.uint8) for f in files]).reshape(-1, 3073)
+        x, y = torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(rows[:, 0].astype(np.int64))
+        data = Data(x[:50_000], y[:50_000], x[50_000:], y[50_000:], 10)
+    elif Path(name).is_dir():
+        return load_folder(Path(name), image_size)
+    else:
+        fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
+    if image_size and tuple(data.train.shape[-2:]) != (image_size, image_size):
+        def resize(x):
+            chunks = [F.interpolate(c.float(), (image_size,) * 2, mode="bilinear", antialias=True) for c in x.split(1000)]
+            return torch.cat([c.round().clamp(0, 255).byte() for c in chunks])
+
+        data = data._replace(train=resize(data.train), test=resize(data.test))
+    return data
+
+
+def parse_args(config_class, argv=None):
+    """The command line, built from the dataclass: a flag a field, its comment as the help. -> (config, names given)
+
+    A bound in the comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
+    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (--help lists every flag)")
+    for f in dataclasses.fields(config_class):
+        kind = next((k for k in get_args(f.type) if get_origin(f.type) is not Literal), f.type)
+        options = {"default": argparse.SUPPRESS, "help": f"{comments[f.name]} [{f.default}]".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(f.type) is Literal:
+            options["choices"] = get_args(f.type)
+        else:
+            options |= {"type": kind, "metavar": kind.__name__} | ({"nargs": "+"} if get_origin(f.type) is tuple else {})
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        for v in value if isinstance(value, tuple) else (value,):
+            if (m := re.search(r"\((>=?) ([\d.]+)\)", comments[name])) and not (
+                    v > float(m[2]) or m[1] == ">=" and v == float(m[2])):
+                fail(f"{flag} {v}: must be {m[1]} {m[2]}")
+            if (m := re.search(r"\(([\d.]+) to ([\d.]+)\)", comments[name])) and not float(m[1]) <= v <= float(m[2]):
+                fail(f"{flag} {v}: must be from {m[1]} to {m[2]}")
+    return config_class(**given), set(given)
+
+
+def set_up(cfg):
+    """Device, process rank and number of processes (torchrun's), kernels and threads, from the command line."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = next(d for d in ("cuda", "mps", "cpu") if there[d]) if cfg.device == "auto" else cfg.device
+    if not there[kind]:
+        fail(f"--device {kind}: not available here (there is {', '.join(d for d in there if there[d])})")
+    if cfg.batch_size % world:
+        fail(f"--batch-size {cfg.batch_size} cannot be split over {world} processes")
+    try:
+        import kernels
+        kernels.mode, kernels.report  # noqa: B018 (PyPI has an unrelated package of this name)
+        kernels.mode = cfg.kernels
+    except (ImportError, AttributeError):
+        kernels = None
+    if cfg.kernels == "triton" and (kernels is None or kind != "cuda" and not os.environ.get("TRITON_INTERPRET")):
+        fail("--kernels triton: needs " + ("the folder kernels/ beside this script" if kernels is None else "CUDA"))
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if world > 1 and not dist.is_initialized():
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, int(os.environ.get("RANK", 0)), world
+
+
+def save_grid(images, path, columns):
+    """Images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged."""
+    N, C, H, W = images.shape
+    rows = -(-N // columns)
+    images = torch.cat([images.cpu(), images.new_zeros(rows * columns - N, C, H, W).cpu()])
+    images = F.pad(images, (1, 1, 1, 1)).reshape(rows, columns, C, H + 2, W + 2).permute(0, 3, 1, 4, 2)
+    grid, zoom = images.reshape(rows * (H + 2), columns * (W + 2), C).numpy(), max(1, 56 // max(H, W))
+    write(path, lambda f: Image.fromarray(grid.squeeze(-1) if C == 1 else grid).resize(
+        (grid.shape[1] * zoom, grid.shape[0] * zoom), Image.NEAREST).save(f, "png"))
+
+
+def write(path, save):
+    """save(file) under a temporary name, flushed to disk, then renamed: path is whole at any moment."""
+    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=4)
+def shuffle(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def average_gradients(parameters):
+    """Mean of the gradients over all processes, in one flat all-reduce."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+class Run:
+    """One run: its directory, checkpoint, log, progress bar, budget and stop signals. Only rank 0 writes.
+
+    Everything random in a step is a function of (seed, step, rank), so a checkpoint needs no generator's state.
+    """
+
+    def __init__(self, cfg, given, free):
+        self.cfg, self.script, self.signal, self.saved = cfg, Path(__file__).stem, 0, {"step": 0, "seconds": 0.0}
+        cfg.out = cfg.out or f"runs/{self.script}-{Path(cfg.dataset).name}"
+        self.out, self.path = Path(cfg.out), Path(cfg.out) / "checkpoint.pt"
+        if cfg.resume or cfg.mode != "train":
+            self.saved = self.load()
+            for name, value in self.saved["config"].items():
+                if name not in given and name not in ("mode", "out", "resume", "overwrite") and not (
+                        name in ("steps", "minutes") and {"steps", "minutes"} & given):
+                    setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
+                elif name not in free and getattr(cfg, name) != value:
+                    fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {self.path} has {value}")
+        elif self.out.is_dir() and any(self.out.iterdir()) and not cfg.overwrite:
+            fail(f"{self.out} holds a run already: --resume continues it, --overwrite replaces it, --out names another")
+        self.step, self.seconds, self.facts = self.saved["step"], self.saved["seconds"], self.saved.get("facts")
+        self.device, self.rank, self.world = set_up(cfg)
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
+        self.scaler, self.sums, self.count = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), {}, 0
+
+    def load(self):
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            fail(f"{self.path}: no checkpoint there to start from")
+        except Exception as e:  # whatever a damaged or hostile file raises; it never runs
+            fail(f"{self.path}: not a whole checkpoint ({str(e).splitlines()[0][:80] or type(e).__name__})")
+        if not isinstance(saved, dict) or saved.get("format") != 1 or "config" not in saved:
+            fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
+        if saved["script"] != self.script:
+            fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
+        names = {f.name for f in dataclasses.fields(self.cfg)}
+        if saved["config"].keys() != names:
+            fail(f"{self.path}: other fields in its config: {', '.join(sorted(saved['config'].keys() ^ names))}")
+        return saved
+
+    def restore(self, parts):
+        """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
+        for name, part in parts.items():
+            if name in self.saved:
+                part.load_state_dict(self.saved[name])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def begin(self, parts):
+        """Restore, lay out the directory and save once: what cannot be written is found before any training."""
+        self.restore(parts | {"scaler": self.scaler})
+        if self.saved.get("facts", self.facts) != self.facts:
+            fail(f"{self.path}: was trained on data of {self.saved['facts']}, --dataset {self.cfg.dataset} has {self.facts}")
+        if self.rank == 0:
+            log, lines = self.out / "metrics.jsonl", []
+            if self.cfg.resume and log.exists():
+                lines = [s for s in log.read_text().splitlines() if json.loads(s)["step"] <= self.step and "final" not in s]
+            else:
+                shutil.rmtree(self.out / "samples", ignore_errors=True)
+            write(log, lambda f: f.write("".join(s + "\n" for s in lines).encode()))
+            write(self.out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(self.cfg), indent=1).encode()))
+        self.save(parts)
+
+    def save(self, parts):
+        if self.rank == 0:
+            state = {name: part.state_dict() for name, part in (parts | {"scaler": self.scaler}).items()}
+            state |= {"format": 1, "script": self.script, "config": dataclasses.asdict(self.cfg), "facts": self.facts,
+                      "step": self.step, "seconds": self.seconds}
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write(self.path, lambda f: f.write(buffer.getbuffer()))
+
+    def on_signal(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def check(self):
+        """Exit if a stop signal has come; called between the batches of evaluation and sampling."""
+        if self.signal:
+            fail(f"stopped by {signal.Signals(self.signal).name}; --resume continues {self.out}", 128 + self.signal)
+
+    def steps(self):
+        """Yield step after step until --steps, --minutes or a stop signal; self.step counts the one under way as done."""
+        start = time.monotonic() - self.seconds
+        with tqdm(total=100, disable=self.rank > 0 or None, desc=self.script, bar_format="{desc} {percentage:3.0f}%|"
+                  "{bar:20}| {elapsed}<{remaining} {postfix}") as self.bar:
+            while True:
+                self.seconds = time.monotonic() - start
+                if self.world > 1:  # all processes stop at the same step
+                    state = torch.tensor([self.seconds, self.signal], device=self.device)
+                    dist.all_reduce(state, dist.ReduceOp.MAX)
+                    self.seconds, self.signal = state[0].item(), int(state[1])
+                self.progress = max(self.step / (self.cfg.steps or math.inf),
+                                    self.seconds / (60 * (self.cfg.minutes or math.inf)))
+                self.bar.update(100 * min(self.progress, 1) - self.bar.n)
+                if self.signal or self.progress >= 1:
+                    return
+                torch.manual_seed(((self.cfg.seed << 32) + self.step) * self.world + self.rank)
+                self.step += 1
+                yield self.step - 1
+
+    def batch(self, data):
+        """This process's share of the step's images and labels: the next of an endless row of shuffles of the data."""
+        n, B = len(data.train), self.cfg.batch_size
+        at = torch.arange(self.rank, B, self.world) + (self.step - 1) * B
+        index = torch.cat([shuffle(n, self.cfg.seed, e)[at[at // n == e] % n] for e in (at // n).unique().tolist()])
+        return data.train[index].to(self.device), data.train_labels[index].to(self.device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def update(self, loss, model, optimizer, max_norm):
+        """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.world > 1:
+            average_gradients(model.parameters())
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if not math.isfinite(loss.detach()) or not math.isfinite(norm) and not self.scaler.is_enabled():
+            bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            fail(f"step {self.step}: the loss is {float(loss)} and the first bad gradient that of {(bad or ['none'])[0]}; "
+                 f"{self.path} is the last good checkpoint; a smaller --lr may help", 1)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return norm
+
+    def log(self, **metrics):
+        """Average metrics over --log-every steps into a line of metrics.jsonl."""
+        self.count += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + (value.detach() if torch.is_tensor(value) else value)
+        if self.step % self.cfg.log_every == 0:
+            means = {name: float(total) / self.count for name, total in self.sums.items()}
+            self.sums, self.count = {}, 0
+            self.write_metrics(**means)
+            self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
+
+    def write_metrics(self, **metrics):
+        if self.rank == 0:
+            line = {"step": self.step, "seconds": round(self.seconds, 3)} | metrics
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def curves(self):
+        """Every metric against the step, as curves.png."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        names = [n for n in (lines or [{}])[0] if n not in ("step", "final")]
+        figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
+        for axis, name in zip(axes[0], names, strict=False):
+            axis.plot(*zip(*[(d["step"], d[name]) for d in lines if name in d], strict=True))
+            axis.set(title=name, xlabel="step")
+        figure.tight_layout()
+        write(self.out / "curves.png", lambda f: figure.savefig(f, format="png"))
+        plt.close(figure)
+
+
+def launch(main):
+    """main(), with what the machine refuses (files, memory) as one line."""
+    try:
+        main()
+    except OSError as e:
+        fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory, a smaller --batch-size or --width helps ({str(e).splitlines()[0]})", 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ======== end of the plumbing ========================================================================================
+
+
+def main(argv=None):
+    cfg, given = parse_args(Config, argv)
+    if cfg.steps is None and cfg.minutes is None:
+        cfg.steps = 4000
+    run = Run(choose(cfg), given, FREE)
+    if cfg.mode != "sample" or cfg.inpaint or cfg.interpolate:
+        data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
+        run.facts = {"shape": list(data.train.shape[1:]), "classes": data.classes, "train_images": len(data.train)}
+    shape, classes = run.facts["shape"], run.facts["classes"]
+    if cfg.label is not None and cfg.label >= classes:
+        fail(f"--label {cfg.label}: the data has {classes} classes")
+    torch.manual_seed(cfg.seed)
+    try:
+        model = UNet(shape[0], classes, cfg.patch or (1 if min(shape[1:]) < 16 else 2), cfg)
+    except ValueError as e:
+        fail(str(e))
+    model = model.to(run.device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if cfg.mode == "train":
+        train(model, ema, data, cfg, run)
+        run.curves()
+    else:
+        run.restore({"ema": ema})
+    if run.rank > 0:
+        return
+    if cfg.mode != "sample":
+        metrics = evaluate(ema, data, cfg, run)
+        run.write_metrics(final=True, **metrics)
+        print(f"test bits/dim {metrics['test_bpd']:.4f} (upper bound{' given the label' * (classes > 0)}, all "
+              f"{len(data.test)} test images, {cfg.elbo_samples} time samples each: prior {metrics['test_prior']:.4f} + "
+              f"diffusion {metrics['test_diffusion']:.4f} + reconstruction {metrics['test_reconstruction']:.4f})")
+    if cfg.mode != "eval":
+        images, labels = generate(ema, cfg.num_samples, shape, classes, cfg, run)
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
+        write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
+        save_grid(images[:80], run.out / "samples.png", 10)
+        print(f"{len(images)} samples in {run.out / 'samples.npz'}, the first of them in {run.out / 'samples.png'}")
+    if cfg.inpaint or cfg.interpolate:
+        show_edits(ema, data, cfg, run)
+
+
+if __name__ == "__main__":
+    launch(main)

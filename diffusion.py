@@ -41,7 +41,6 @@ import tarfile
 import time
 import urllib.request
 import zlib
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
@@ -57,15 +56,13 @@ from tqdm import tqdm
 try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
     from kernels.group_norm import group_norm_silu
 except ImportError:
-
     def group_norm_silu(x, groups, weight, bias, eps=1e-5):
-        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+        return F.silu(torch.group_norm(x, groups, weight, bias, eps))
 
 
 try:
     from kernels.attention import attention
 except ImportError:
-
     def attention(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -90,7 +87,7 @@ class Config:
     resume: bool = False  # continue the run in --out from its last checkpoint
     overwrite: bool = False  # start anew in an --out that holds a run already
     num_samples: int = 64  # images to write to samples.npz (> 0)
-    ema: float = 0.999  # decay of the averaged weights that are evaluated and sampled (0 to 1)
+    ema: float = 0.15  # share of the run so far over which the weights are averaged that are evaluated and sampled (> 0)
     log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
     # the model
@@ -167,15 +164,15 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, channels, n_head):
         super().__init__()
-        self.n_head, self.norm = n_head, nn.GroupNorm(1, channels)
-        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), zero(nn.Conv2d(channels, channels, 1))
+        self.n_head, self.norm = n_head, nn.LayerNorm(channels)
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.n_head, C // self.n_head, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, n_head, H*W, head_dim)
-        y = attention(q, k, v)
-        return x + self.proj(y.transpose(-1, -2).reshape(B, C, H, W))
+        tokens = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
+        q, k, v = self.qkv(self.norm(tokens)).view(B, H * W, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        y = attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)  # from (B, n_head, H*W, head_dim)
+        return x + self.proj(y).transpose(1, 2).view(B, C, H, W)
 
 
 class UNet(nn.Module):
@@ -367,7 +364,7 @@ def elbo(model, x, y, cfg, histogram, generator=None):
 
 @torch.no_grad()
 def sample(model, x, y, cfg, generator=None, t_start=None, fix=lambda x, t: x):
-    """Run the chain from noise to data: x ~ N(0, 1) (B,C,H,W) at t_start (the noise end where None) -> [-1,1].
+    """Run the chain from noise to data: x (B,C,H,W), N(0, 1) noise, or x_t at t_start -> [-1,1].
 
     Every sampler steps from t to s by x_s = keep x_t + (alpha_s - alpha_t keep) d + tau noise, which moves x_t = alpha_t
     x + sigma_t eps to level s exactly where d is the true x. They differ in d, the estimate of x, and in tau:
@@ -378,7 +375,9 @@ def sample(model, x, y, cfg, generator=None, t_start=None, fix=lambda x, t: x):
     The last step goes to t = 0, where x_s = d: no noise is added. `fix(x, t)` may replace x after each step (inpainting).
     """
     n = (cfg.sampling_steps + 1) // 2 if cfg.sampler == "heun" else cfg.sampling_steps
-    t_start = time_of(MIN_LOGSNR, cfg).item() if t_start is None else t_start
+    if t_start is None:
+        t_start = time_of(MIN_LOGSNR, cfg).item()
+        x = coefficients(torch.tensor(t_start), cfg)[1].item() * x
     times = torch.linspace(t_start, 0, n + 1, dtype=torch.float64, device=x.device)
 
     def x_hat(x, t):
@@ -427,7 +426,15 @@ def interpolate(model, x1, x2, y, cfg, generator=None, count=8, logsnr=-1.0):
 BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
 
 
+@torch.no_grad()
+def update_ema(ema, model, step, share):
+    """Average the weights with the power profile of Karras et al. 2024, eq. 123, whose width grows with the run."""
+    decay = (1 - 1 / (step + 1)) ** (1 / share)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
 def train(model, ema, data, cfg, run):
+    """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run.begin(parts)
@@ -436,14 +443,11 @@ def train(model, ema, data, cfg, run):
     for step in run.steps():
         x, y = run.batch(data)
         y = torch.where(torch.rand(len(y), device=y.device) < cfg.label_dropout, data.classes, y)
-        warmup = min(1, (step + 1) / (cfg.warmup + 1))
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * warmup * math.cos(math.pi / 2 * run.progress) ** 2
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
         with run.autocast():
             batch_loss = loss(net, x / 127.5 - 1, y, cfg).mean()
         norm = run.update(batch_loss, model, optimizer, cfg.grad_clip)
-        decay = min(cfg.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        update_ema(ema, model, step, cfg.ema)
         run.log(loss=batch_loss, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
@@ -510,31 +514,32 @@ def read_mask(name, size):
 
 # ======== plumbing, byte-identical in all six scripts (python tools/sync.py): nothing about the model is in it ========
 
-MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     "fashion_mnist": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
                       "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
-SHA256 = {  # of each decompressed file (of the archive itself for cifar10)
-    "mnist": dict(zip(MNIST_FILES, (
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"), strict=True)),
-    "fashion_mnist": dict(zip(MNIST_FILES, (
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"), strict=True)),
-    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+SHA256 = {  # of the decompressed files, of the archive itself for cifar10
+    "train-images-idx3-ubyte": {"mnist": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                                "fashion_mnist": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"},
+    "train-labels-idx1-ubyte": {"mnist": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+                                "fashion_mnist": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"},
+    "t10k-images-idx3-ubyte": {"mnist": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                               "fashion_mnist": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"},
+    "t10k-labels-idx1-ubyte": {"mnist": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+                               "fashion_mnist": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"},
+    "cifar-10-binary.tar.gz": {"cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
 }
+TIMEOUT = 20  # seconds a mirror may stay silent
 
 
 class Data(NamedTuple):
-    train: torch.Tensor  # (N,C,H,W) uint8
-    train_labels: torch.Tensor  # (N,) int64, all 0 where there are no classes
+    """Images (N,C,H,W) uint8 and labels (N,) int64, which are all 0 where there are no classes."""
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: int  # 0 where there are no labels
@@ -546,76 +551,73 @@ def fail(message, code=2) -> NoReturn:
 
 
 def fetch(name, file, data_dir):
-    """The checked bytes of one file of a data set: from --data-dir, Debian's package, or the first mirror that has it."""
-    digest, tried = SHA256[name][file], []
-    unpack = bytes if file.endswith(".tar.gz") else gzip.decompress
-    gz, folder = file + ("" if unpack is bytes else ".gz"), Path(data_dir) / name
+    """The content of one file of a data set, checked by SHA-256: from --data-dir, Debian's folder or the first good mirror."""
+    folder, digest, tried = Path(data_dir) / name, SHA256[file][name], []
+    packed = file if file.endswith(".tar.gz") else f"{file}.gz"
+    part = folder / f"{packed}.{os.getpid()}.part"
 
-    def check(raw, packed):
-        content = unpack(raw) if packed else raw
+    def read(path):
+        content = path.read_bytes()
+        if path.name.startswith(f"{file}.gz"):
+            content = gzip.decompress(content)
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError("wrong SHA-256")
         return content
 
-    for path in (folder / gz, folder / file, *(Path("/usr/share/datasets/fashion-mnist") / f for f in (gz, file))):
-        if path.is_file() and not (name == "mnist" and path.parent != folder):
-            try:
-                return check(path.read_bytes(), path.name == gz)
-            except (OSError, EOFError, ValueError, zlib.error) as e:
-                tried.append(f"{path} ({e or type(e).__name__})")
-    for url in (mirror + gz for mirror in MIRRORS[name]):
-        part = folder / f"{gz}.{os.getpid()}.part"
+    debian = [Path("/usr/share/datasets/fashion-mnist")] if name == "fashion_mnist" else []
+    places = [place / f for place in (folder, *debian) for f in dict.fromkeys((packed, file))]
+    for source in [*(p for p in places if p.exists()), *(mirror + packed for mirror in MIRRORS[name])]:
         try:
+            if isinstance(source, Path):
+                return read(source)
             folder.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=20) as response, open(part, "wb") as f:
+            with urllib.request.urlopen(source, timeout=TIMEOUT) as response, open(part, "wb") as f:
                 size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=gz, disable=None) as bar:
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=packed, disable=None) as bar:
                     while chunk := response.read(1 << 16):
                         bar.update(f.write(chunk))
-            content = check(part.read_bytes(), True)
-            os.replace(part, folder / gz)
+            content = read(part)
+            os.replace(part, folder / packed)
             return content
         except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as e:
-            tried.append(f"{url} ({e or type(e).__name__})")
+            tried.append(f"{source} ({e or type(e).__name__})")
         finally:
             part.unlink(missing_ok=True)
-    fail(f"no copy of {name}/{gz}: tried {folder / gz}, {', '.join(tried)}; put the file into {folder}, "
-         "or use --dataset digits, which needs no network", 1)
+    fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put the file there, or use --dataset digits, "
+         "which needs no network", 1)
 
 
 def load_folder(root, size):
     """A folder of images, flat or with one subfolder a class; every tenth by name is held out as the test split.
 
-    Grey only where all are grey, else RGB over white where there is alpha. Where sizes differ (or with --image-size) each
-    is scaled to cover the target, the commonest size, and cropped at the centre. What cannot be read is named and skipped.
+    Grey only where all are grey, else RGB; transparency is laid over white. Each image is scaled to cover size x size, or
+    the commonest size where size is 0, and cropped at the centre. What cannot be read is named and skipped.
     """
-    names = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    folders = [root / n for n in names] if names else [root]
+    classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    files = [(p, i) for i, c in enumerate(classes or [""]) for p in sorted((root / c).iterdir())
+             if p.is_file() and p.suffix.lower() in Image.registered_extensions()]
     images, labels, broken = [], [], []
-    for path, label in ((p, i) for i, d in enumerate(folders) for p in sorted(d.iterdir()) if p.is_file()):
-        if path.suffix.lower() not in Image.registered_extensions():
-            continue
+    for path, label in files:
         try:
-            with Image.open(path) as im:
-                if im.mode.startswith("I"):  # 16 bits a pixel
-                    im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-                if "A" in im.getbands() or "transparency" in im.info:
-                    white = Image.new("RGBA", im.size, "white")
-                    im = Image.alpha_composite(white, im.convert("RGBA"))
-                images.append(im.convert("L" if im.mode in ("1", "L") else "RGB"))
+            with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits a pixel
+                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                if "A" in image.getbands() or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
                 labels.append(label)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
-        print(f"skipped {len(broken)} broken images: {'; '.join(broken[:5])}{' ...' if broken[5:] else ''}", file=sys.stderr)
+        print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
-        fail(f"{root} holds {len(images)} readable images (flat, or one subfolder a class): at least 2 are needed")
-    target = (size, size) if size else collections.Counter(im.size for im in images).most_common(1)[0][0]
-    mode = "L" if all(im.mode == "L" for im in images) else "RGB"
-    images = [np.atleast_3d(np.asarray(ImageOps.fit(im.convert(mode), target))) for im in images]
-    x, y = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-    held = torch.arange(len(x)) % 10 == 1
-    return Data(x[~held], y[~held], x[held], y[held], len(names))
+        fail(f"--dataset {root}: {len(images)} readable images (flat, or one subfolder a class), at least 2 are needed")
+    target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
+    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
+    x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
+    return Data(x[~held], y[~held], x[held], y[held], len(classes))
 
 
 def load_data(name, data_dir, image_size=0) -> Data:
@@ -623,103 +625,100 @@ def load_data(name, data_dir, image_size=0) -> Data:
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        x = torch.from_numpy(np.round(digits.images * 255 / 16).astype(np.uint8))[:, None]
-        order = np.random.RandomState(0).permutation(len(x))
-        x, y = x[order], torch.from_numpy(digits.target[order]).long()
-        data = Data(x[297:], y[297:], x[:297], y[:297], 10)
+        digits, order = load_digits(), np.random.RandomState(0).permutation(1797)
+        x, y = np.round(digits.images[order, None] * 255 / 16).astype(np.uint8), digits.target[order]
+        parts = x[297:], y[297:], x[:297], y[:297]
     elif name in ("mnist", "fashion_mnist"):
-        raw = [np.frombuffer(fetch(name, f, data_dir), np.uint8) for f in MNIST_FILES]
-        x = [torch.from_numpy(r[16:].reshape(-1, 1, 28, 28).copy()) for r in raw[::2]]
-        y = [torch.from_numpy(r[8:].astype(np.int64)) for r in raw[1::2]]
-        data = Data(x[0], y[0], x[1], y[1], 10)
+        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in IDX_FILES]
+        parts = [r[8:] if i % 2 else r[16:].reshape(-1, 1, 28, 28) for i, r in enumerate(raw)]
     elif name == "cifar10":
         archive = tarfile.open(fileobj=io.BytesIO(fetch(name, "cifar-10-binary.tar.gz", data_dir)))
         files = [f"cifar-10-batches-bin/{f}.bin" for f in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
-        rows = np.concatenate([np.frombuffer(archive.extractfile(f).read(), np.uint8) for f in files]).reshape(-1, 3073)
-        x, y = torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(rows[:, 0].astype(np.int64))
-        data = Data(x[:50_000], y[:50_000], x[50_000:], y[50_000:], 10)
+        rows = np.concatenate([np.frombuffer(archive.extractfile(f).read(), np.uint8).reshape(-1, 3073) for f in files])
+        x, y = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
+        parts = x[:50_000], y[:50_000], x[50_000:], y[50_000:]
     elif Path(name).is_dir():
         return load_folder(Path(name), image_size)
     else:
         fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
-    if image_size and tuple(data.train.shape[-2:]) != (image_size, image_size):
-        def resize(x):
-            chunks = [F.interpolate(c.float(), (image_size,) * 2, mode="bilinear", antialias=True) for c in x.split(1000)]
-            return torch.cat([c.round().clamp(0, 255).byte() for c in chunks])
-
-        data = data._replace(train=resize(data.train), test=resize(data.test))
-    return data
+    x, y, x_test, y_test = (torch.tensor(p) for p in parts)
+    if image_size and x.shape[-2:] != (image_size, image_size):
+        x, x_test = (torch.cat([F.interpolate(chunk, (image_size, image_size), mode="bilinear", antialias=True)
+                                for chunk in images.split(1000)]) for images in (x, x_test))
+    return Data(x, y.long(), x_test, y_test.long(), 10)
 
 
 def parse_args(config_class, argv=None):
-    """The command line, built from the dataclass: a flag a field, its comment as the help. -> (config, names given)
+    """The command line built from the dataclass: a flag a field, its comment as help -> the config, the names given.
 
-    A bound in the comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2."""
+    A bound in a comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2.
+    """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists every flag)")
-    for f in dataclasses.fields(config_class):
-        kind = next((k for k in get_args(f.type) if get_origin(f.type) is not Literal), f.type)
-        options = {"default": argparse.SUPPRESS, "help": f"{comments[f.name]} [{f.default}]".replace("%", "%%")}
+    for field in dataclasses.fields(config_class):
+        name, many, kind = field.name, get_origin(field.type) is tuple, (*get_args(field.type), field.type)[0]
+        options = {"default": argparse.SUPPRESS, "help": f"{comments[name]} [{field.default}]".replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(f.type) is Literal:
-            options["choices"] = get_args(f.type)
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
         else:
-            options |= {"type": kind, "metavar": kind.__name__} | ({"nargs": "+"} if get_origin(f.type) is tuple else {})
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+            options |= {"type": kind, "metavar": kind.__name__, "nargs": "+" if many else None}
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
         for v in value if isinstance(value, tuple) else (value,):
-            if (m := re.search(r"\((>=?) ([\d.]+)\)", comments[name])) and not (
-                    v > float(m[2]) or m[1] == ">=" and v == float(m[2])):
-                fail(f"{flag} {v}: must be {m[1]} {m[2]}")
-            if (m := re.search(r"\(([\d.]+) to ([\d.]+)\)", comments[name])) and not float(m[1]) <= v <= float(m[2]):
-                fail(f"{flag} {v}: must be from {m[1]} to {m[2]}")
+            sign, bound = (re.findall(r"\((>=?) ([\d.]+)\)", comments[name]) or [("", 0)])[0]
+            low, high = (re.findall(r"\(([\d.]+) to ([\d.]+)\)", comments[name]) or [("-inf", "inf")])[0]
+            if sign and not (v > float(bound) or sign == ">=" and v == float(bound)):
+                fail(f"--{name.replace('_', '-')} {v}: must be {sign} {bound}")
+            if low != "-inf" and not float(low) <= v <= float(high):
+                fail(f"--{name.replace('_', '-')} {v}: must be from {low} to {high}")
     return config_class(**given), set(given)
 
 
 def set_up(cfg):
-    """Device, process rank and number of processes (torchrun's), kernels and threads, from the command line."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = next(d for d in ("cuda", "mps", "cpu") if there[d]) if cfg.device == "auto" else cfg.device
-    if not there[kind]:
-        fail(f"--device {kind}: not available here (there is {', '.join(d for d in there if there[d])})")
+    """The device, this process's rank and the number of processes (torchrun's); kernels.mode from --kernels."""
+    world, there = int(os.environ.get("WORLD_SIZE", 1)), ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + there
+    kind = there[0] if cfg.device == "auto" else cfg.device
+    if kind not in there:
+        fail(f"--device {kind}: not available here, there is {', '.join(there)}")
     if cfg.batch_size % world:
-        fail(f"--batch-size {cfg.batch_size} cannot be split over {world} processes")
+        fail(f"--batch-size {cfg.batch_size}: cannot be split over {world} processes")
     try:
         import kernels
-        kernels.mode, kernels.report  # noqa: B018 (PyPI has an unrelated package of this name)
+        kernels.report  # noqa: B018  PyPI's unrelated package of this name has none
         kernels.mode = cfg.kernels
     except (ImportError, AttributeError):
         kernels = None
     if cfg.kernels == "triton" and (kernels is None or kind != "cuda" and not os.environ.get("TRITON_INTERPRET")):
-        fail("--kernels triton: needs " + ("the folder kernels/ beside this script" if kernels is None else "CUDA"))
+        fail(f"--kernels triton: needs {'CUDA' if kernels else 'the folder kernels/ beside this script'}")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
-        if kind == "cuda":
-            torch.cuda.set_device(device)
+        torch.cuda.set_device(device) if kind == "cuda" else None
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device, int(os.environ.get("RANK", 0)), world
 
 
-def save_grid(images, path, columns):
-    """Images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged."""
-    N, C, H, W = images.shape
-    rows = -(-N // columns)
-    images = torch.cat([images.cpu(), images.new_zeros(rows * columns - N, C, H, W).cpu()])
-    images = F.pad(images, (1, 1, 1, 1)).reshape(rows, columns, C, H + 2, W + 2).permute(0, 3, 1, 4, 2)
-    grid, zoom = images.reshape(rows * (H + 2), columns * (W + 2), C).numpy(), max(1, 56 // max(H, W))
-    write(path, lambda f: Image.fromarray(grid.squeeze(-1) if C == 1 else grid).resize(
-        (grid.shape[1] * zoom, grid.shape[0] * zoom), Image.NEAREST).save(f, "png"))
+def average_gradients(parameters):
+    """Replace the gradients by their mean over all processes, in one flat all-reduce."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+@functools.lru_cache(maxsize=4)
+def shuffle(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def write(path, save):
-    """save(file) under a temporary name, flushed to disk, then renamed: path is whole at any moment."""
+    """save(file) under a temporary name, flushed to disk, then renamed: at any moment path is whole, old or new."""
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -732,59 +731,56 @@ def write(path, save):
         part.unlink(missing_ok=True)
 
 
-@functools.lru_cache(maxsize=4)
-def shuffle(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def average_gradients(parameters):
-    """Mean of the gradients over all processes, in one flat all-reduce."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    dist.all_reduce(flat)
-    for g, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads]), strict=True):
-        g.copy_(mean.view_as(g))
+def save_grid(images, path, columns):
+    """Images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged."""
+    N, C, H, W = images.shape
+    images = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, -N % columns)).unflatten(0, (-1, columns))
+    grid = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*(H+2), columns*(W+2), C)
+    zoom = max(1, 56 // max(H, W))
+    image = Image.fromarray(grid.numpy().squeeze(-1) if C == 1 else grid.numpy())
+    write(path, lambda f: image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(f, "png"))
 
 
 class Run:
     """One run: its directory, checkpoint, log, progress bar, budget and stop signals. Only rank 0 writes.
 
-    Everything random in a step is a function of (seed, step, rank), so a checkpoint needs no generator's state.
+    Everything random in a step follows from (seed, step, rank), so that the step stands for all states of generators.
     """
 
     def __init__(self, cfg, given, free):
-        self.cfg, self.script, self.signal, self.saved = cfg, Path(__file__).stem, 0, {"step": 0, "seconds": 0.0}
+        self.cfg, self.script, self.signal, self.saved = cfg, Path(__file__).stem, 0, {}
         cfg.out = cfg.out or f"runs/{self.script}-{Path(cfg.dataset).name}"
         self.out, self.path = Path(cfg.out), Path(cfg.out) / "checkpoint.pt"
         if cfg.resume or cfg.mode != "train":
             self.saved = self.load()
+            given = given | {"mode", "out", "resume", "overwrite"}
+            given |= {"steps", "minutes"} if {"steps", "minutes"} & given else set()
             for name, value in self.saved["config"].items():
-                if name not in given and name not in ("mode", "out", "resume", "overwrite") and not (
-                        name in ("steps", "minutes") and {"steps", "minutes"} & given):
-                    setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
+                if name not in given:
+                    setattr(cfg, name, value)
                 elif name not in free and getattr(cfg, name) != value:
-                    fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {self.path} has {value}")
+                    fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {self.path} has {value}")
         elif self.out.is_dir() and any(self.out.iterdir()) and not cfg.overwrite:
-            fail(f"{self.out} holds a run already: --resume continues it, --overwrite replaces it, --out names another")
-        self.step, self.seconds, self.facts = self.saved["step"], self.saved["seconds"], self.saved.get("facts")
+            fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
+        self.step, self.seconds, self.facts = (self.saved.get(k) for k in ("step", "seconds", "facts"))
+        self.step, self.seconds, self.sums, self.count = self.step or 0, self.seconds or 0.0, {}, 0
         self.device, self.rank, self.world = set_up(cfg)
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
-        self.scaler, self.sums, self.count = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), {}, 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16")
 
     def load(self):
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            fail(f"{self.path}: no checkpoint there to start from")
-        except Exception as e:  # whatever a damaged or hostile file raises; it never runs
-            fail(f"{self.path}: not a whole checkpoint ({str(e).splitlines()[0][:80] or type(e).__name__})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or "config" not in saved:
+            fail(f"--out {self.out}: there is no checkpoint.pt in it")
+        except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
+            fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
+        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
-        names = {f.name for f in dataclasses.fields(self.cfg)}
-        if saved["config"].keys() != names:
-            fail(f"{self.path}: other fields in its config: {', '.join(sorted(saved['config'].keys() ^ names))}")
+        if fields := saved["config"].keys() ^ {f.name for f in dataclasses.fields(self.cfg)}:
+            fail(f"{self.path}: of another version, whose config differs in {', '.join(sorted(fields))}")
         return saved
 
     def restore(self, parts):
@@ -798,8 +794,8 @@ class Run:
     def begin(self, parts):
         """Restore, lay out the directory and save once: what cannot be written is found before any training."""
         self.restore(parts | {"scaler": self.scaler})
-        if self.saved.get("facts", self.facts) != self.facts:
-            fail(f"{self.path}: was trained on data of {self.saved['facts']}, --dataset {self.cfg.dataset} has {self.facts}")
+        if self.saved and self.saved["facts"] != self.facts:
+            fail(f"--dataset {self.cfg.dataset}: is {self.facts}, the run in {self.path} had {self.saved['facts']}")
         if self.rank == 0:
             log, lines = self.out / "metrics.jsonl", []
             if self.cfg.resume and log.exists():
@@ -831,19 +827,18 @@ class Run:
 
     def steps(self):
         """Yield step after step until --steps, --minutes or a stop signal; self.step counts the one under way as done."""
-        start = time.monotonic() - self.seconds
-        with tqdm(total=100, disable=self.rank > 0 or None, desc=self.script, bar_format="{desc} {percentage:3.0f}%|"
-                  "{bar:20}| {elapsed}<{remaining} {postfix}") as self.bar:
+        start, minutes, steps = time.monotonic() - self.seconds, self.cfg.minutes or math.inf, self.cfg.steps or math.inf
+        form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
+        with tqdm(total=100, disable=None if self.rank == 0 else True, desc=self.script, bar_format=form) as self.bar:
             while True:
                 self.seconds = time.monotonic() - start
                 if self.world > 1:  # all processes stop at the same step
                     state = torch.tensor([self.seconds, self.signal], device=self.device)
                     dist.all_reduce(state, dist.ReduceOp.MAX)
                     self.seconds, self.signal = state[0].item(), int(state[1])
-                self.progress = max(self.step / (self.cfg.steps or math.inf),
-                                    self.seconds / (60 * (self.cfg.minutes or math.inf)))
-                self.bar.update(100 * min(self.progress, 1) - self.bar.n)
-                if self.signal or self.progress >= 1:
+                progress = max(self.step / steps, self.seconds / (60 * minutes))
+                self.bar.update(100 * min(progress, 1) - self.bar.n)
+                if self.signal or progress >= 1:
                     return
                 torch.manual_seed(((self.cfg.seed << 32) + self.step) * self.world + self.rank)
                 self.step += 1
@@ -857,7 +852,7 @@ class Run:
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def update(self, loss, model, optimizer, max_norm):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
@@ -867,49 +862,45 @@ class Run:
             average_gradients(model.parameters())
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        if not math.isfinite(loss.detach()) or not math.isfinite(norm) and not self.scaler.is_enabled():
+        if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
             bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            fail(f"step {self.step}: the loss is {float(loss)} and the first bad gradient that of {(bad or ['none'])[0]}; "
-                 f"{self.path} is the last good checkpoint; a smaller --lr may help", 1)
+            fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {(bad or ['none'])[0]}; "
+                 f"{self.path} is the last good checkpoint, a smaller --lr may help", 1)
         self.scaler.step(optimizer)
         self.scaler.update()
         return norm
 
     def log(self, **metrics):
-        """Average metrics over --log-every steps into a line of metrics.jsonl."""
+        """Average metrics, the loss among them, into a line of metrics.jsonl every --log-every steps."""
         self.count += 1
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + (value.detach() if torch.is_tensor(value) else value)
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
         if self.step % self.cfg.log_every == 0:
-            means = {name: float(total) / self.count for name, total in self.sums.items()}
+            means = {name: total.item() / self.count for name, total in self.sums.items()}
             self.sums, self.count = {}, 0
             self.write_metrics(**means)
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
-            line = {"step": self.step, "seconds": round(self.seconds, 3)} | metrics
             with open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+                f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
 
     def curves(self):
         """Every metric against the step, as curves.png."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
+
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        names = [n for n in (lines or [{}])[0] if n not in ("step", "final")]
-        figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3), squeeze=False)
-        for axis, name in zip(axes[0], names, strict=False):
-            axis.plot(*zip(*[(d["step"], d[name]) for d in lines if name in d], strict=True))
-            axis.set(title=name, xlabel="step")
-        figure.tight_layout()
+        names = [name for name in (lines or [{}])[0] if name != "step"]
+        figure = Figure((4 * max(len(names), 1), 3), layout="tight")
+        for i, name in enumerate(names):
+            axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
+            axis.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
         write(self.out / "curves.png", lambda f: figure.savefig(f, format="png"))
-        plt.close(figure)
 
 
 def launch(main):
-    """main(), with what the machine refuses (files, memory) as one line."""
+    """main(), with what the machine refuses (files, memory) said in one line."""
     try:
         main()
     except OSError as e:

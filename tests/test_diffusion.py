@@ -1,0 +1,506 @@
+"""The mathematics of diffusion.py: every function against a closed form, an oracle or a formula written out another way."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import diffusion
+from diffusion import Config, UNet, choose, coefficients, denoise, elbo, q_sample, sample, time_of
+
+SCHEDULES, TARGETS = list(diffusion.SCHEDULES), list(diffusion.TARGETS)
+
+
+def config(**fields):
+    return choose(Config(**fields))
+
+
+def oracle(x, cfg):
+    """The network that knows x: what --predict asks for, worked out from x_t by solving for eps."""
+
+    def net(x_t, t, y=None):
+        a, s, da, ds = (c.view(-1, 1, 1, 1) for c in diffusion.SCHEDULES[cfg.schedule][0](t.double()))
+        x0 = x(x_t, a, s) if callable(x) else x
+        eps = (x_t - a * x0) / s
+        out = {"eps": eps, "x": x0 + 0 * eps, "v": a * eps - s * x0, "velocity": da * x0 + ds * eps}[cfg.predict]
+        return out.to(x_t.dtype)
+
+    return net
+
+
+def posterior_mean(histogram):
+    """x, a, s -> E[x | x_t] for pixels drawn on their own from a histogram of the 256 levels."""
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+
+    def mean(x_t, a, s):
+        logits = histogram.double().log() - (x_t.double()[..., None] - a[..., None] * levels) ** 2 / (2 * s[..., None] ** 2)
+        return (logits.softmax(-1) * levels).sum(-1)
+
+    return mean
+
+
+# ---- schedules, targets, loss
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule(schedule):
+    cfg = config(schedule=schedule)
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
+    a, s, da, ds = coefficients(t, cfg)
+    assert_close(torch.autograd.grad(a.sum(), t, retain_graph=True)[0], da)
+    assert_close(torch.autograd.grad(s.sum(), t, retain_graph=True)[0], ds)
+    assert_close(time_of(2 * (a / s).log(), cfg), t)
+    if schedule != "straight":
+        assert_close(a**2 + s**2, torch.ones_like(a))
+    else:
+        assert_close(a + s, torch.ones_like(a))
+    low, high = time_of([diffusion.MAX_LOGSNR, diffusion.MIN_LOGSNR], cfg)
+    assert 0 < low < 0.01 and 0.98 < high <= 1.0
+
+
+def test_linear_schedule_is_ddpms():
+    betas = np.linspace(1e-4, 0.02, 1000)  # Ho et al. 2020, sec. 4
+    a = coefficients(torch.arange(1, 1001, dtype=torch.float64) / 1000, config(method="ddpm"))[0]
+    assert_close(a.numpy() ** 2, np.cumprod(1 - betas), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_q_sample_moments(schedule):
+    cfg, n = config(schedule=schedule), 200_000
+    x, t = torch.full((n, 1, 1, 1), 0.7, dtype=torch.float64), torch.full((n,), 0.4)
+    x_t = q_sample(x, t, torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), cfg)
+    a, s = (c.item() for c in coefficients(t[:1], cfg)[:2])
+    assert abs(x_t.mean().item() - 0.7 * a) < 5 * s / n**0.5
+    assert abs(x_t.std().item() - s) < 5 * s / n**0.5
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("predict", TARGETS)
+def test_predictions_convert_into_each_other(schedule, predict):
+    cfg = config(schedule=schedule, predict=predict)
+    x, eps = torch.rand(7, 2, 3, 5, dtype=torch.float64) * 2 - 1, torch.randn(7, 2, 3, 5, dtype=torch.float64)
+    t = time_of(torch.linspace(diffusion.MIN_LOGSNR, diffusion.MAX_LOGSNR, 7), cfg)
+    a, s, da, ds = coefficients(t, cfg, x)
+    out = {"eps": eps, "x": x, "v": a * eps - s * x, "velocity": da * x + ds * eps}[predict]
+    x_hat, eps_hat = denoise(lambda x_t, t, y: out, q_sample(x, t, eps, cfg), t, None, cfg)
+    assert_close(x_hat, x, atol=1e-6, rtol=1e-6)
+    assert_close(eps_hat, eps, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("predict", TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_loss_is_the_squared_error_of_the_target(schedule, predict, target):
+    """An arbitrary network's loss in the units of any target, worked out from its x_hat and eps_hat."""
+    cfg = config(schedule=schedule, predict=predict, loss=target)
+    x, eps = torch.rand(5, 1, 4, 4, dtype=torch.float64) * 2 - 1, torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    t = torch.linspace(0.05, 0.95, 5, dtype=torch.float64)
+
+    def net(x_t, t, y):
+        return torch.sin(3 * x_t) + t.view(-1, 1, 1, 1)
+
+    x_hat, eps_hat = denoise(net, q_sample(x, t, eps, cfg), t, None, cfg)
+    a, s, da, ds = coefficients(t, cfg, x)
+    wrong = {"eps": eps_hat - eps, "x": x_hat - x, "v": a * (eps_hat - eps) - s * (x_hat - x),
+             "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}[target]
+    assert_close(diffusion.loss(net, x, None, cfg, t, eps), (wrong**2).mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("method", list(diffusion.METHODS))
+def test_training_times(method):
+    """The drawn t follow --times, within the ends of the chain; a perfect network has no loss."""
+    cfg, seen = config(method=method), []
+    x = torch.rand(20_000, 1, 1, 1) * 2 - 1
+
+    def net(x_t, t, y):
+        seen.append(t)
+        return oracle(x.double(), cfg)(x_t.double(), t).float()
+
+    torch.manual_seed(0)
+    assert diffusion.loss(net, x, None, cfg).max() < 1e-3
+    t = seen[0].double()
+    low, high = time_of([diffusion.MAX_LOGSNR, diffusion.MIN_LOGSNR], cfg).tolist()
+    assert low - 1e-6 <= t.min() and t.max() <= high + 1e-6
+    quantile = torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64)
+    expected = quantile if cfg.times == "uniform" else torch.sigmoid(torch.tensor([-0.9945, 0.0, 0.9945]).double())
+    assert_close(t.quantile(quantile), low + (high - low) * expected, atol=0.02, rtol=0)
+
+
+# ---- samplers
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("predict", TARGETS)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_samplers_recover_an_oracle(schedule, predict, sampler, steps):
+    cfg = config(schedule=schedule, predict=predict, sampler=sampler, sampling_steps=steps)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 2, 4, 5, dtype=torch.float64, generator=generator) * 2 - 1
+    noise = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    assert_close(sample(oracle(x, cfg), noise, None, cfg, generator), x, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "heun"])
+def test_deterministic_samplers_stay_on_the_path(schedule, sampler):
+    """With the oracle every latent on the way is alpha_s x + sigma_s eps, with the eps that it started from."""
+    cfg, seen = config(schedule=schedule, sampler=sampler, sampling_steps=9), []
+    x, eps = torch.rand(2, 1, 3, 3, dtype=torch.float64) * 2 - 1, torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    start = q_sample(x, time_of([-4.0, -4.0], cfg), eps, cfg)
+
+    def see(x_t, t):
+        seen.append((x_t, t))
+        return x_t
+
+    sample(oracle(x, cfg), start, None, cfg, None, time_of(-4.0, cfg).item(), see)
+    assert len(seen) == (5 if sampler == "heun" else 9)
+    for x_t, t in seen:
+        assert_close(x_t, q_sample(x, t.expand(2), eps, cfg), atol=1e-9, rtol=0)
+
+
+def discrete_chain(cfg, steps):
+    """alpha-bar of DDPM's notation at the times the sampler visits, from the noise end to t = 0."""
+    times = torch.linspace(time_of(diffusion.MIN_LOGSNR, cfg).item(), 0, steps + 1, dtype=torch.float64)
+    return times, coefficients(times, cfg)[0] ** 2
+
+
+def test_ddim_against_equation_12():
+    cfg = config(method="cosine", sampler="ddim", sampling_steps=6)
+    net = lambda x_t, t, y: 0.3 * x_t + 0.1 * t.view(-1, 1, 1, 1).to(x_t)  # noqa: E731
+    noise = 0.1 * torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    times, abar = discrete_chain(cfg, 6)
+    x = (1 - abar[0]).sqrt() * noise
+    for i in range(6):
+        eps = net(x, times[i].expand(4), None)
+        x0 = ((x - (1 - abar[i]).sqrt() * eps) / abar[i].sqrt()).clamp(-1, 1)
+        eps = (x - abar[i].sqrt() * x0) / (1 - abar[i]).sqrt()
+        x = abar[i + 1].sqrt() * x0 + (1 - abar[i + 1]).sqrt() * eps
+    assert_close(sample(net, noise, None, cfg), x.clamp(-1, 1))
+
+
+def test_ddpm_against_equations_6_and_7():
+    """Ancestral sampling written with betas, as in the paper, and the same noise."""
+    cfg = config(method="cosine", sampler="ddpm", sampling_steps=5)
+    net = lambda x_t, t, y: 0.3 * x_t  # noqa: E731
+    noise = 0.1 * torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    times, abar = discrete_chain(cfg, 5)
+    generator = torch.Generator().manual_seed(3)
+    x = (1 - abar[0]).sqrt() * noise
+    for i in range(5):
+        alpha = abar[i] / abar[i + 1]
+        beta = 1 - alpha
+        x0 = ((x - (1 - abar[i]).sqrt() * 0.3 * x) / abar[i].sqrt()).clamp(-1, 1)
+        mean = abar[i + 1].sqrt() * beta / (1 - abar[i]) * x0 + alpha.sqrt() * (1 - abar[i + 1]) / (1 - abar[i]) * x
+        x = mean
+        if i < 4:
+            variance = (1 - abar[i + 1]) / (1 - abar[i]) * beta
+            x = mean + variance.sqrt() * torch.randn(x.shape, generator=generator).double()
+    assert_close(sample(net, noise, None, cfg, torch.Generator().manual_seed(3)), x.clamp(-1, 1))
+
+
+def test_dpm_solver_against_algorithm_2():
+    """DPM-Solver++(2M) as the paper writes it, in half log SNR, first order in the last step."""
+    cfg = config(method="v", sampler="dpm++", sampling_steps=7)
+    net = lambda x_t, t, y: 0.2 * x_t.cos()  # noqa: E731
+    noise = torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    times = discrete_chain(cfg, 7)[0]
+    a, s, _, _ = coefficients(times, cfg)
+    lam = (a / s).log()
+    x, outs = s[0] * noise, []
+    for i in range(7):
+        outs.append((a[i] * x - s[i] * net(x, None, None)).clamp(-1, 1))
+        if i == 6:
+            x = outs[-1]
+            break
+        h = lam[i + 1] - lam[i]
+        d = outs[-1]
+        if i > 0:
+            r = (lam[i] - lam[i - 1]) / h
+            d = (1 + 1 / (2 * r)) * outs[-1] - 1 / (2 * r) * outs[-2]
+        x = s[i + 1] / s[i] * x - a[i + 1] * torch.expm1(-h) * d
+    assert_close(sample(net, noise, None, cfg), x.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
+def test_samplers_converge_at_their_order(schedule, sampler, order):
+    """Gaussian data of standard deviation 0.1 with the exact denoiser: the exact ODE only scales, and is known."""
+    std = 0.1
+    noise = torch.linspace(-2, 2, 8, dtype=torch.float64).view(8, 1, 1, 1)
+    errors = []
+    for steps in (32, 64, 128):
+        evaluations = 2 * steps - 1 if sampler == "heun" else steps
+        cfg = config(schedule=schedule, sampler=sampler, sampling_steps=evaluations)
+        net = oracle(lambda x_t, a, s: std**2 * a / (std**2 * a**2 + s**2) * x_t, cfg)
+        start, end = time_of([-4.0, 4.0], cfg).tolist()
+        found = {}
+
+        def stop(x_t, t, found=found, end=end):
+            found.setdefault("x", x_t) if t <= end else None
+            found.setdefault("t", t) if t <= end else None
+            return x_t
+
+        a, s, _, _ = (c.item() for c in coefficients(torch.tensor(start), cfg))
+        begin = (std**2 * a**2 + s**2) ** 0.5
+        sample(net, begin * noise, None, cfg, None, start, stop)
+        a, s, _, _ = (c.item() for c in coefficients(found["t"], cfg))
+        errors.append((found["x"] - (std**2 * a**2 + s**2) ** 0.5 * noise).abs().max().item())
+    assert errors[0] / errors[2] > 0.6 * 4**order, errors
+
+
+def test_guidance():
+    cfg = config(schedule="cosine", predict="eps", sampler="ddim", sampling_steps=3)
+
+    class Net:
+        classes = 10
+
+        def __call__(self, x_t, t, y):
+            return 0.1 * x_t + 0.05 * y.view(-1, 1, 1, 1).to(x_t)
+
+    net, y = Net(), torch.tensor([1, 7])
+    x, t = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0.3, 0.6], dtype=torch.float64)
+    none = torch.full_like(y, 10)
+    plain, free = denoise(net, x, t, y, cfg)[1], denoise(net, x, t, none, cfg)[1]
+    assert_close(denoise(net, x, t, y, cfg, guidance=1.0)[1], plain)
+    assert_close(denoise(net, x, t, y, cfg, guidance=0.0)[1], free)
+    assert_close(denoise(net, x, t, y, cfg, guidance=3.0)[1], free + 3 * (plain - free))
+    cfg.guidance = 0.0
+    unguided = sample(net, x, y, cfg)
+    cfg.guidance = 1.0
+    assert_close(unguided, sample(net, x, none, cfg))
+
+
+# ---- likelihood
+
+
+@pytest.mark.parametrize("logsnr", [-2.0, 3.0, 6.0, 14.0])
+def test_decoder_sums_to_one(logsnr):
+    x_0 = torch.tensor([-30.0, -1.001, -1.0, 0.003, 0.999, 1.0, 5.0], dtype=torch.float64).view(1, 1, 1, 7)
+    histogram = torch.rand(256, dtype=torch.float64) ** 8 + 1e-9
+    total = sum(diffusion.decoder_log_prob(torch.full((1, 1, 1, 7), v, dtype=torch.uint8), x_0, logsnr, histogram).exp()
+                for v in range(256))
+    assert_close(total, torch.ones_like(total))
+
+
+def skewed():
+    histogram = torch.ones(256)
+    histogram[0] = 1000.0
+    return histogram / histogram.sum()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("max_logsnr", [3.0, 6.0, 10.0])
+@pytest.mark.parametrize(("histogram", "bits"), [(torch.ones(256), 8.0), (skewed(), None)])
+def test_elbo_of_known_distributions(schedule, max_logsnr, histogram, bits):
+    """Independent pixels with a known histogram: the exact denoiser makes the bound tight, wherever the chain ends."""
+    if bits is None:
+        bits = -(histogram * histogram.log2()).sum().item()
+    cfg = config(schedule=schedule, max_logsnr=max_logsnr, elbo_samples=8)
+    torch.manual_seed(0)
+    x = torch.multinomial(histogram, 64 * 64, replacement=True).view(64, 1, 8, 8).byte()
+    bits_of_x = -(histogram / histogram.sum()).log2()[x.long()].mean().item()
+    terms = elbo(oracle(posterior_mean(histogram), cfg), x, None, cfg, histogram, torch.Generator().manual_seed(1))
+    assert abs(bits_of_x - bits) < 0.2
+    assert abs(terms["bpd"].mean().item() - bits_of_x) < 0.05
+    assert_close(terms["prior"] + terms["diffusion"] + terms["reconstruction"], terms["bpd"])
+
+
+def test_elbo_of_gaussian_data():
+    """Rounded Gaussian pixels with the Gaussian's own denoiser: the entropy, from the normal distribution function."""
+    std, cfg = 0.3, config(elbo_samples=16, max_logsnr=8.0)
+    levels = np.arange(256) / 127.5 - 1
+    edges = torch.from_numpy(np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])) / std
+    p = torch.special.ndtr(edges).diff().float()
+    torch.manual_seed(0)
+    x = torch.multinomial(p, 200 * 64, replacement=True).view(200, 1, 8, 8).byte()
+    net = oracle(lambda x_t, a, s: std**2 * a / (std**2 * a**2 + s**2) * x_t, cfg)
+    bpd = elbo(net, x, None, cfg, p + 1e-12, torch.Generator().manual_seed(1))["bpd"].mean().item()
+    entropy = -(p * (p + 1e-30).log2()).sum().item()
+    assert abs(entropy - (0.5 * math.log2(2 * math.pi * math.e * std**2) + math.log2(127.5))) < 0.05
+    assert abs(bpd - entropy) < 0.05
+
+
+def test_elbo_is_the_same_whatever_is_predicted():
+    histogram, results = torch.ones(256), []
+    x = torch.randint(0, 256, (6, 2, 3, 4), dtype=torch.uint8)
+    for predict in TARGETS:
+        cfg = config(schedule="cosine", predict=predict, elbo_samples=4)
+        wrong = oracle(lambda x_t, a, s: 0.5 * x_t.double().tanh(), cfg)
+        results.append(elbo(wrong, x, None, cfg, histogram, torch.Generator().manual_seed(0))["bpd"])
+    for result in results[1:]:
+        assert_close(result, results[0], rtol=1e-3, atol=1e-3)
+
+
+class FakeRun:
+    device, step = torch.device("cpu"), 0
+
+    def check(self):
+        pass
+
+
+def test_evaluate_weighs_every_test_image_alike(monkeypatch):
+    """The mean over 300 images in batches of 250 and 50; a bound that depends on the image shows a wrong weight."""
+    data = diffusion.load_data("digits", "data")
+    data = data._replace(test=torch.cat([data.test, data.test[:3]]), test_labels=torch.cat([data.test_labels] * 2)[:300])
+    monkeypatch.setattr(diffusion, "elbo", lambda model, x, *rest: {"bpd": x.float().mean((1, 2, 3)).double()})
+    for batch_size in (7, 128):
+        metrics = diffusion.evaluate(None, data, config(batch_size=batch_size), FakeRun())
+        assert_close(metrics["test_bpd"], data.test.double().mean().item(), rtol=1e-6, atol=0)
+
+
+# ---- the network
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (8, 8), (28, 28), (33, 49)])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_unet_takes_any_size(size, channels, patch):
+    torch.manual_seed(0)
+    net = UNet(channels, 0, patch, config(width=8, blocks=1)).eval()
+    x = torch.randn(2, channels, *size)
+    with torch.no_grad():
+        assert_close(net(x, torch.rand(2)), torch.zeros_like(x))  # starts at zero
+        torch.nn.init.normal_(net.head.weight)
+        out = net(x, torch.tensor([0.1, 0.9]))
+        assert out.shape == x.shape and out.isfinite().all()
+        assert_close(net(x[1:], torch.tensor([0.9])), out[1:], atol=1e-4, rtol=1e-4)  # no mixing over the batch
+
+
+def test_unet_uses_time_and_label():
+    torch.manual_seed(0)
+    net = UNet(1, 3, 1, config(width=8, blocks=1)).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(1, 1, 8, 8).expand(4, 1, 8, 8)
+    with torch.no_grad():
+        by_time = net(x, torch.tensor([0.1, 0.11, 0.5, 0.9]), torch.zeros(4, dtype=torch.long))
+        by_label = net(x, torch.full((4,), 0.5), torch.arange(4))
+    for out in (by_time, by_label):
+        assert len({tuple(o.flatten().tolist()) for o in out}) == 4
+
+
+def test_wrong_heads_are_refused():
+    with pytest.raises(ValueError, match="--n-head 5"):
+        UNet(1, 0, 1, config(width=8, n_head=5))
+
+
+# ---- beyond generation
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
+def test_inpaint_keeps_what_is_known(sampler):
+    cfg = config(sampler=sampler, sampling_steps=6)
+    x, mask = torch.rand(2, 1, 4, 6, dtype=torch.float64) * 2 - 1, torch.zeros(1, 1, 4, 6, dtype=torch.float64)
+    mask[..., :3] = 1
+    out = diffusion.inpaint(oracle(0 * x + 0.25, cfg), x, mask, None, cfg, torch.Generator().manual_seed(0))
+    assert_close(out[..., :3], x[..., :3])
+    assert_close(out[..., 3:], torch.full_like(out[..., 3:], 0.25))
+
+
+def test_interpolate_ends_at_the_images():
+    """The oracle of each mixture is not known, but at a level of no noise the chain only gives the mixture back."""
+    cfg = config(sampler="ddim", sampling_steps=4)
+    x1, x2 = torch.full((2, 1, 3, 3), -0.8, dtype=torch.float64), torch.full((2, 1, 3, 3), 0.4, dtype=torch.float64)
+    net = oracle(lambda x_t, a, s: x_t / a, cfg)
+    out = diffusion.interpolate(net, x1, x2, None, cfg, torch.Generator().manual_seed(0), count=4, logsnr=30.0)
+    assert out.shape == (2, 4, 1, 3, 3)
+    expected = torch.tensor([-0.8, -0.4, 0.0, 0.4], dtype=torch.float64).view(1, 4, 1, 1, 1).expand_as(out)
+    assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+# ---- training and its options, on the real digits
+
+
+TINY = ["--width", "8", "--blocks", "1", "--steps", "4", "--batch-size", "16", "--sampling-steps", "2", "--elbo-samples",
+        "1", "--num-samples", "4", "--log-every", "1", "--save-every", "3"]
+
+
+@pytest.fixture()
+def digits(monkeypatch):
+    """digits with 8 test images, loaded once."""
+    data = diffusion.load_data("digits", "data")
+    small = data._replace(test=data.test[:8], test_labels=data.test_labels[:8])
+    monkeypatch.setattr(diffusion, "load_data", lambda *args: small)
+    return small
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "ddpm", "--sampler", "ddpm"], ["--method", "v", "--sampler", "ddim"], ["--method", "cosine"],
+    ["--predict", "x", "--loss", "eps", "--schedule", "cosine", "--times", "uniform"], ["--sampler", "heun"],
+    ["--n-head", "0", "--dropout", "0.1"], ["--mults", "1", "--blocks", "2"], ["--patch", "2", "--mults", "1", "2", "2"],
+    ["--guidance", "2", "--label", "3"], ["--inpaint", "top", "--interpolate"], ["--amp", "bf16"], ["--image-size", "11"],
+    ["--minutes", "0.02"], ["--kernels", "torch"], ["--weight-decay", "0.1", "--grad-clip", "0.1", "--warmup", "0"],
+], ids=" ".join)
+def test_every_option_runs(digits, tmp_path, flags):
+    diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags])
+    run = tmp_path / "run"
+    names = {"config.json", "metrics.jsonl", "samples.png", "curves.png", "checkpoint.pt", "samples.npz"}
+    assert names <= {p.name for p in run.iterdir()}
+    samples = np.load(run / "samples.npz")
+    assert samples["images"].shape[0] == 4 and samples["images"].dtype == np.uint8
+    if "--label" in flags:
+        assert (samples["labels"] == 3).all()
+    if "--inpaint" in flags:
+        assert (run / "inpaint.png").exists() and (run / "interpolate.png").exists()
+
+
+def test_the_averaged_weights_are_sampled_and_never_trained(digits, tmp_path):
+    out = tmp_path / "run"
+    diffusion.main([*TINY, "--out", str(out), "--ema", "0.9"])
+    saved = checkpoint(out)
+    assert any(not torch.equal(saved["ema"][k], saved["model"][k]) for k in saved["model"])
+    images = np.load(out / "samples.npz")["images"]
+    for tensor in saved["model"].values():
+        tensor.fill_(math.nan)
+    torch.save(saved, out / "checkpoint.pt")
+    diffusion.main(["--mode", "sample", "--out", str(out)])
+    assert np.array_equal(np.load(out / "samples.npz")["images"], images)
+
+
+def test_ema_follows_its_formula(digits, tmp_path, monkeypatch):
+    """Each weight's average, from the weights after every step."""
+    history = []
+    update = diffusion.Run.update
+
+    def record(self, loss, model, optimizer, max_norm):
+        before = [p.detach().clone() for p in model.parameters()]
+        norm = update(self, loss, model, optimizer, max_norm)
+        history.append((before, [p.detach().clone() for p in model.parameters()]))
+        return norm
+
+    monkeypatch.setattr(diffusion.Run, "update", record)
+    diffusion.main([*TINY, "--out", str(tmp_path / "run"), "--ema", "0.3"])
+    average = history[0][0]
+    for step, (_, weights) in enumerate(history):
+        decay = (1 - 1 / (step + 1)) ** (1 / 0.3)
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    assert len(history) == 4
+    for a, b in zip(average, checkpoint(tmp_path / "run")["ema"].values(), strict=True):
+        assert_close(a, b)
+
+
+def test_label_dropout_rate(digits, tmp_path, monkeypatch):
+    seen = []
+
+    def record(model, x, y, cfg):
+        seen.append(y)
+        return model(x, torch.rand(len(x)), y).mean((1, 2, 3))
+
+    monkeypatch.setattr(diffusion, "loss", record)
+    diffusion.main([*TINY, "--out", str(tmp_path / "run"), "--batch-size", "1000", "--label-dropout", "0.2"])
+    y = torch.cat(seen)
+    assert abs((y == 10).double().mean().item() - 0.2) < 4 * (0.2 * 0.8 / len(y)) ** 0.5
+
+
+def test_config_fields_are_all_read():
+    source = open(diffusion.__file__).read()
+    for field in dataclasses.fields(Config):
+        assert f"cfg.{field.name}" in source or f'"{field.name}"' in source, field.name

@@ -76,7 +76,7 @@ class Config:
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
     steps: int | None = None  # optimizer steps, 4000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
-    batch_size: int = 128  # images a step, over all processes (> 0)
+    batch_size: int = 32  # images a step, over all processes (> 0)
     lr: float = 2e-3  # peak learning rate of AdamW (> 0)
     seed: int = 0  # seed of everything random (>= 0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -86,7 +86,7 @@ class Config:
     out: str | None = None  # run directory, runs/<script>-<dataset> where not given
     resume: bool = False  # continue the run in --out from its last checkpoint
     overwrite: bool = False  # start anew in an --out that holds a run already
-    num_samples: int = 64  # images to write to samples.npz (> 0)
+    num_samples: int = 80  # images to write to samples.npz (> 0)
     ema: float = 0.15  # share of the run so far over which the weights are averaged that are evaluated and sampled (> 0)
     log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
@@ -97,9 +97,9 @@ class Config:
     loss: Literal["auto", "eps", "x", "v", "velocity"] = "auto"  # whose squared error is minimised
     times: Literal["auto", "uniform", "logit-normal"] = "auto"  # distribution of t in training
     patch: int = 0  # pixels a side folded into channels at the door; 0: 1 below 16 pixels, else 2 (>= 0)
-    width: int = 64  # channels of the first level (> 0)
-    mults: tuple[int, ...] = (1, 2)  # channels of each level over --width; each level halves the image (> 0)
-    blocks: int = 2  # residual blocks a level (> 0)
+    width: int = 32  # channels of the first level (> 0)
+    mults: tuple[int, ...] = (1, 3)  # channels of each level over --width; each level halves the image (> 0)
+    blocks: int = 1  # residual blocks a level (> 0)
     n_head: int = 4  # attention heads at the lowest level, 0 for no attention (>= 0)
     dropout: float = 0.0  # dropout in residual blocks (0 to 1)
     label_dropout: float = 0.1  # share of labels hidden in training, for guidance (0 to 1)
@@ -191,24 +191,20 @@ class UNet(nn.Module):
         self.multiple = patch * 2 ** (len(widths) - 1)
         self.time = nn.Sequential(nn.Linear(cfg.width, c_cond), nn.SiLU(), nn.Linear(c_cond, c_cond))
         self.label = nn.Embedding(classes + 1, c_cond) if classes else None
-        self.stem = nn.Conv2d(channels * patch**2, cfg.width, 3, padding=1)
-        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [cfg.width], cfg.width
+        self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.down, self.up, c, skips = nn.ModuleList(), nn.ModuleList(), widths[0], []
         for level, w in enumerate(widths):
-            for _ in range(cfg.blocks):
-                self.down.append(ResBlock(c, w, c_cond, cfg.dropout))
-                skips.append(c := w)
-            if level < len(widths) - 1:
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                skips.append(c)
-        self.mid = nn.ModuleList([ResBlock(c, c, c_cond, cfg.dropout), ResBlock(c, c, c_cond, cfg.dropout)])
+            if level > 0:
+                self.down.append(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * c, w, 1)))
+            self.down.extend(ResBlock(w, w, c_cond, cfg.dropout) for _ in range(cfg.blocks))
+            skips, c = skips + cfg.blocks * [w], w
+        self.mid = ResBlock(c, c, c_cond, cfg.dropout)
         self.attention = Attention(c, cfg.n_head) if cfg.n_head else nn.Identity()
         for level, w in reversed(list(enumerate(widths))):
-            for _ in range(cfg.blocks + 1):
-                self.up.append(ResBlock(c + skips.pop(), w, c_cond, cfg.dropout))
-                c = w
+            self.up.extend(ResBlock(w + skips.pop(), w, c_cond, cfg.dropout) for _ in range(cfg.blocks))
             if level > 0:
-                self.up.append(nn.Conv2d(c, c, 3, padding=1))
-        self.norm, self.head = GroupNormSiLU(c), zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
+                self.up.append(nn.Sequential(nn.Conv2d(w, 4 * widths[level - 1], 1), nn.PixelShuffle(2)))
+        self.norm, self.head = GroupNormSiLU(widths[0]), zero(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
 
     def forward(self, x, t, y=None):
         H, W = x.shape[-2:]
@@ -218,16 +214,18 @@ class UNet(nn.Module):
         cond = F.silu(cond)  # (B, 4*width)
         h = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple))
         h = self.stem(F.pixel_unshuffle(h, self.patch))  # (B, width, H/patch, W/patch)
-        skips = [h]
+        skips = []
         for layer in self.down:
-            h = layer(h, cond) if isinstance(layer, ResBlock) else layer(h)
-            skips.append(h)
-        h = self.mid[1](self.attention(self.mid[0](h, cond)), cond)  # (B, C', H/multiple, W/multiple)
+            if isinstance(layer, ResBlock):
+                skips.append(h := layer(h, cond))
+            else:
+                h = layer(h)  # half the size
+        h = self.attention(self.mid(h, cond))  # (B, C', H/multiple, W/multiple)
         for layer in self.up:
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), cond)
             else:
-                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                h = layer(h)  # twice the size
         return F.pixel_shuffle(self.head(self.norm(h)), self.patch)[..., :H, :W]
 
 
@@ -435,7 +433,7 @@ def update_ema(ema, model, step, share):
 
 def train(model, ema, data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run.begin(parts)
     net = torch.compile(model) if cfg.compile else model

@@ -1,0 +1,198 @@
+"""What the tests of all scripts share: which scripts there are, a tiny run of each, and processes that start fast."""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {  # the flags of a model so small that a run of four steps takes a moment; a new script adds its own here
+    "diffusion": "--width 8 --mults 1 2 --blocks 1 --n-head 2 --sampling-steps 2 --elbo-samples 1",
+}
+CORE = "--device cpu --steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 2 --seed 3"
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sync = load_tool("sync")
+SCRIPTS = [name.removesuffix(".py") for name in sync.SCRIPTS if (ROOT / name).exists()]
+
+
+def flags(name, out, *more):
+    """The command line of a tiny run; of a flag given twice the last holds."""
+    return [*CORE.split(), *TINY[name].split(), "--out", str(out), *map(str, more)]
+
+
+def run(module, argv):
+    """The exit code of `python script.py argv`, in this process."""
+    try:
+        module.launch(lambda: module.main([str(a) for a in argv]))
+    except SystemExit as e:
+        return e.code or 0
+    return 0
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """Whatever handlers of stop signals are set within are gone afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def make_data(module, train=40, test=11, shape=(1, 8, 8), classes=3, seed=0):
+    """A data set of soft blobs, so small that loading and evaluating it costs nothing."""
+    g, (c, h, w) = torch.Generator().manual_seed(seed), shape
+    x = torch.rand(train + test, c, -(-h // 4), -(-w // 4), generator=g)
+    x = torch.nn.functional.interpolate(x, (h, w), mode="bilinear").mul(255).byte()
+    y = torch.arange(train + test) % max(classes, 1)
+    return module.Data(x[:train], y[:train], x[train:], y[train:], classes)
+
+
+def error_line(err):
+    """The one line of an error, without its `error: `."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), f"not one line of error but: {err}"
+    return lines[0].removeprefix("error: ")
+
+
+def load_checkpoint(out):
+    return torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+def leaves(tree, name=""):
+    """(name, leaf) of each leaf of nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        for k, v in tree.items():
+            yield from leaves(v, f"{name}.{k}")
+    elif isinstance(tree, (list, tuple)):
+        for i, v in enumerate(tree):
+            yield from leaves(v, f"{name}.{i}")
+    else:
+        yield name, tree
+
+
+def assert_same_state(a, b, ignore=()):
+    """Two checkpoints agree bit for bit, but for the clock and the entries of config named in `ignore`."""
+    skip = {".seconds", *(f".config.{name}" for name in ("out", "resume", "overwrite", *ignore))}
+    a, b = ({n: v for n, v in leaves(c) if n not in skip} for c in (a, b))
+    assert a.keys() == b.keys()
+    assert sum(torch.is_tensor(v) for v in a.values()) > 10
+    for name, value in a.items():
+        if torch.is_tensor(value):
+            assert value.dtype == b[name].dtype and torch.equal(value, b[name]), name
+        else:
+            assert value == b[name], name
+
+
+def metrics(out):
+    """The lines of metrics.jsonl, without their seconds."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds")
+    return lines
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# ---- processes: forked from a server that has imported torch and the scripts already, so each starts in no time
+
+
+def fork_server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*SCRIPTS, "sklearn.datasets", "matplotlib.pyplot", "torch._dynamo"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))  # the server finds the scripts by it
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _enter(folder, env, function, args):
+    """In the new process: go to its folder, send what it prints into files there, call the function."""
+    os.chdir(folder)
+    os.environ.update(env)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        fd = os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, number)
+        os.close(fd)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    function(*args)
+
+
+def run_script(name, argv, before=None):
+    """`python script.py argv`, after before(module)."""
+    module = importlib.import_module(name)
+    if before is not None:
+        before(module)
+    module.launch(lambda: module.main([str(a) for a in argv]))
+
+
+class Child:
+    """function(*args) in a process of its own, in the new folder `folder`."""
+
+    def __init__(self, folder, function, *args, env=None):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True)
+        self.process = fork_server().Process(target=_enter, args=(str(folder), env or {}, function, args), daemon=True)
+        self.process.start()
+
+    def wait_for(self, condition, patience=120):
+        """Wait until condition() is true or the process is over; then say which of the two (True: the condition)."""
+        end = time.monotonic() + patience
+        while not condition():
+            if not self.process.is_alive():
+                return bool(condition())
+            if time.monotonic() > end:
+                self.process.kill()
+                raise TimeoutError(f"nothing after {patience} s; {self.stderr}")
+            time.sleep(0.005)
+        return True
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def join(self, patience=120):
+        """The exit code; minus the number of the signal that ended the process, where one did."""
+        self.process.join(patience)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"not over after {patience} s; {self.stderr}")
+        return self.process.exitcode
+
+    def kill(self):
+        self.send(signal.SIGKILL)
+        return self.join()
+
+    @property
+    def stdout(self):
+        return (self.folder / "stdout.txt").read_text()
+
+    @property
+    def stderr(self):
+        return (self.folder / "stderr.txt").read_text()

@@ -78,7 +78,7 @@ class Config:
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 32  # images a step, over all processes (> 0)
     lr: float = 2e-3  # peak learning rate of AdamW (> 0)
-    seed: int = 0  # seed of everything random (>= 0)
+    seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     compile: bool = False  # torch.compile the network
@@ -712,7 +712,7 @@ def average_gradients(parameters):
 
 @functools.lru_cache(maxsize=4)
 def shuffle(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
 def write(path, save):
@@ -838,7 +838,7 @@ class Run:
                 self.bar.update(100 * min(progress, 1) - self.bar.n)
                 if self.signal or progress >= 1:
                     return
-                torch.manual_seed(((self.cfg.seed << 32) + self.step) * self.world + self.rank)
+                torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]))
                 self.step += 1
                 yield self.step - 1
 

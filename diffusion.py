@@ -20,38 +20,17 @@ One GPU, CIFAR-10 (not measured): --dataset cifar10 --patch 1 --width 128 --mult
 Result: RESULT_LINE
 """
 
-import argparse
-import collections
 import copy
-import dataclasses
-import functools
-import gzip
-import hashlib
-import http.client
-import inspect
-import io
-import json
 import math
-import os
-import re
-import shutil
-import signal
-import sys
-import tarfile
-import time
-import urllib.request
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
+from functools import reduce
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
     from kernels.group_norm import group_norm_silu
@@ -77,7 +56,7 @@ class Config:
     steps: int | None = None  # optimizer steps, 4000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 32  # images a step, over all processes (> 0)
-    lr: float = 2e-3  # peak learning rate of AdamW (> 0)
+    lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
@@ -103,9 +82,7 @@ class Config:
     n_head: int = 4  # attention heads at the lowest level, 0 for no attention (>= 0)
     dropout: float = 0.0  # dropout in residual blocks (0 to 1)
     label_dropout: float = 0.1  # share of labels hidden in training, for guidance (0 to 1)
-    weight_decay: float = 0.0  # AdamW's (>= 0)
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
-    grad_clip: float = 1.0  # largest norm of the gradient (> 0)
     # evaluation and sampling: free to change on a trained model
     max_logsnr: float = 6.0  # log SNR at which the chain of latents ends and the decoder begins, in elbo (0 to 14)
     elbo_samples: int = 16  # time samples an image in elbo (> 0)
@@ -122,7 +99,7 @@ FREE = """mode data_dir steps minutes device amp compile kernels out resume over
     max_logsnr elbo_samples sampler sampling_steps guidance label inpaint interpolate""".split()
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ---- the model
 
 
 def timestep_embedding(t, dim):
@@ -192,16 +169,15 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(cfg.width, c_cond), nn.SiLU(), nn.Linear(c_cond, c_cond))
         self.label = nn.Embedding(classes + 1, c_cond) if classes else None
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
-        self.down, self.up, c, skips = nn.ModuleList(), nn.ModuleList(), widths[0], []
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, w in enumerate(widths):
             if level > 0:
-                self.down.append(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * c, w, 1)))
+                self.down.append(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], w, 1)))
             self.down.extend(ResBlock(w, w, c_cond, cfg.dropout) for _ in range(cfg.blocks))
-            skips, c = skips + cfg.blocks * [w], w
-        self.mid = ResBlock(c, c, c_cond, cfg.dropout)
-        self.attention = Attention(c, cfg.n_head) if cfg.n_head else nn.Identity()
+        self.mid = ResBlock(w, w, c_cond, cfg.dropout)
+        self.attention = Attention(w, cfg.n_head) if cfg.n_head else nn.Identity()
         for level, w in reversed(list(enumerate(widths))):
-            self.up.extend(ResBlock(w + skips.pop(), w, c_cond, cfg.dropout) for _ in range(cfg.blocks))
+            self.up.extend(ResBlock(2 * w, w, c_cond, cfg.dropout) for _ in range(cfg.blocks))
             if level > 0:
                 self.up.append(nn.Sequential(nn.Conv2d(w, 4 * widths[level - 1], 1), nn.PixelShuffle(2)))
         self.norm, self.head = GroupNormSiLU(widths[0]), zero(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
@@ -229,7 +205,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.head(self.norm(h)), self.patch)[..., :H, :W]
 
 
-# ------------------------------------------------------------------------------------------------------------ the maths
+# ---- the maths
 # t in [0,1] runs from data to noise, x in [-1,1], lambda_t = log(alpha_t^2 / sigma_t^2) is the log signal-to-noise ratio.
 
 
@@ -285,8 +261,8 @@ def time_of(logsnr, cfg):
 
 
 def coefficients(t, cfg, x=None):
-    """alpha, sigma, alpha', sigma' at t in float64, or as (B,1,1,1) in the type of x."""
-    out = SCHEDULES[cfg.schedule][0](t.double())
+    """alpha, sigma, alpha', sigma' at t (B,), as (B,1,1,1) of the type of x where x is given."""
+    out = SCHEDULES[cfg.schedule][0](t)
     return out if x is None else [c.to(x).view(-1, 1, 1, 1) for c in out]
 
 
@@ -299,14 +275,14 @@ def q_sample(x, t, eps, cfg):
 def loss(model, x, y, cfg, t=None, eps=None):
     """Squared error of --loss for a network that predicts --predict, mean over pixels. x (B,C,H,W) in [-1,1] -> (B,)."""
     if t is None:
-        u = torch.rand(len(x), device=x.device, dtype=torch.float64)
+        u = torch.rand_like(x[:, 0, 0, 0])
         t = torch.sigmoid(torch.randn_like(u)) if cfg.times == "logit-normal" else u
         low, high = time_of([MAX_LOGSNR, MIN_LOGSNR], cfg).tolist()
         t = low + (high - low) * t
     eps = torch.randn_like(x) if eps is None else eps
     c = a, s, _, _ = coefficients(t, cfg, x)
     (ax, bx), (al, bl) = TARGETS[cfg.predict](*c), TARGETS[cfg.loss](*c)
-    out = model(a * x + s * eps, t.to(x), y)
+    out = model(a * x + s * eps, t, y)
     weight = ((a * bl - s * al) / (a * bx - s * ax)) ** 2  # an error of one target in the units of the other
     return (weight * (out - (ax * x + bx * eps)) ** 2).mean((1, 2, 3))
 
@@ -325,41 +301,6 @@ def denoise(model, x_t, t, y, cfg, guidance=1.0):
     return (bx * x_t - s * out) / (a * bx - s * ax), (a * out - ax * x_t) / (a * bx - s * ax)
 
 
-def decoder_log_prob(x, x_0, logsnr, histogram):
-    """log p(x | x_0) of each pixel: Bayes' rule for a pixel that has this histogram and was seen through Gaussian noise.
-
-    x (B,C,H,W) in {0..255}; x_0 (B,C,H,W), the last latent divided by alpha; histogram (256,). Sums to 1 over the levels.
-    """
-    levels = torch.arange(256, device=x.device, dtype=x_0.dtype) / 127.5 - 1
-    logits = -0.5 * math.exp(logsnr) * (x_0[..., None] - levels) ** 2 + (histogram / histogram.sum()).log().to(x_0)
-    return logits.log_softmax(-1).gather(-1, x[..., None].long())[..., 0]
-
-
-@torch.no_grad()
-def elbo(model, x, y, cfg, histogram, generator=None):
-    """Bits per dimension of 8-bit data under the hierarchical VAE with infinitely many levels (an upper bound), as terms.
-
-    x (B,C,H,W) uint8 in {0..255}, y (B,) the given labels; log p(x | y) >= -(prior + diffusion + reconstruction).
-    The integral over log SNR is estimated with --elbo-samples stratified times an image (low variance, VDM app. I.1).
-    """
-    data, dims = x / 127.5 - 1, x[0].numel()  # [-1,1]
-    low, high, K, B = MIN_LOGSNR, cfg.max_logsnr, cfg.elbo_samples, len(x)
-    prior = 0.5 * math.exp(low) * (data**2).sum((1, 2, 3))  # KL(q(x_1|x) || N(0, sigma_1^2)), VDM eq. 14
-    rand = torch.rand(1, generator=generator, dtype=torch.float64)
-    u = ((rand + torch.arange(B, dtype=torch.float64) / B) % 1).to(x.device)
-    diffusion = 0
-    for k in range(K):  # sum of all levels' KLs = 1/2 int E|eps - eps_hat|^2 d lambda, VDM eq. 15
-        t = time_of(low + (high - low) * (k + u) / K, cfg)
-        eps = torch.randn(data.shape, generator=generator).to(data)
-        eps_hat = denoise(model, q_sample(data, t, eps, cfg), t, y, cfg)[1]
-        diffusion = diffusion + 0.5 * (high - low) / K * ((eps - eps_hat) ** 2).sum((1, 2, 3))
-    x_0 = data + math.exp(-high / 2) * torch.randn(data.shape, generator=generator).to(data)
-    reconstruction = -decoder_log_prob(x, x_0, high, histogram).sum((1, 2, 3))
-    terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
-    terms["bpd"] = prior + diffusion + reconstruction
-    return {name: nats / (dims * math.log(2)) for name, nats in terms.items()}
-
-
 @torch.no_grad()
 def sample(model, x, y, cfg, generator=None, t_start=None, fix=lambda x, t: x):
     """Run the chain from noise to data: x (B,C,H,W), N(0, 1) noise, or x_t at t_start -> [-1,1].
@@ -376,7 +317,7 @@ def sample(model, x, y, cfg, generator=None, t_start=None, fix=lambda x, t: x):
     if t_start is None:
         t_start = time_of(MIN_LOGSNR, cfg).item()
         x = coefficients(torch.tensor(t_start), cfg)[1].item() * x
-    times = torch.linspace(t_start, 0, n + 1, dtype=torch.float64, device=x.device)
+    times = torch.linspace(t_start, 0, n + 1, dtype=torch.float64)
 
     def x_hat(x, t):
         return denoise(model, x, t.expand(len(x)), y, cfg, cfg.guidance)[0].clamp(-1, 1)
@@ -419,7 +360,45 @@ def interpolate(model, x1, x2, y, cfg, generator=None, count=8, logsnr=-1.0):
     return torch.stack([sample(model, q_sample(m, level, noise, cfg), y, cfg, generator, t) for m in mixes], 1)
 
 
-# ----------------------------------------------------------------------------------------------------------- the loops
+def decoder_log_prob(x, x_0, logsnr, histogram):
+    """log p(x | x_0) of each pixel: Bayes' rule for a pixel that has this histogram and was seen through Gaussian noise.
+
+    x (B,C,H,W) in {0..255}; x_0 (B,C,H,W), the last latent divided by alpha; histogram (256,). Sums to 1 over the levels.
+    """
+    prior = (histogram / histogram.sum()).log().to(x_0)
+
+    def joint(level):
+        return prior[level] - 0.5 * math.exp(logsnr) * (x_0 - (level / 127.5 - 1)) ** 2
+
+    return joint(x.long()) - reduce(torch.logaddexp, map(joint, range(256)))
+
+
+@torch.no_grad()
+def elbo(model, x, y, cfg, histogram, generator=None):
+    """Bits per dimension of 8-bit data under the hierarchical VAE with infinitely many levels (an upper bound), as terms.
+
+    x (B,C,H,W) uint8 in {0..255}, y (B,) the given labels; log p(x | y) >= -(prior + diffusion + reconstruction).
+    The integral over log SNR is estimated with --elbo-samples stratified times an image (low variance, VDM app. I.1).
+    """
+    data, dims = x / 127.5 - 1, x[0].numel()  # [-1,1]
+    low, high, K, B = MIN_LOGSNR, cfg.max_logsnr, cfg.elbo_samples, len(x)
+    prior = 0.5 * math.exp(low) * (data**2).sum((1, 2, 3))  # KL(q(x_1|x) || N(0, sigma_1^2)), VDM eq. 14
+    rand = torch.rand(1, generator=generator, dtype=torch.float64)
+    u = (rand + torch.arange(B) / B) % 1
+    diffusion = 0
+    for k in range(K):  # sum of all levels' KLs = 1/2 int E|eps - eps_hat|^2 d lambda, VDM eq. 15
+        t = time_of(low + (high - low) * (k + u) / K, cfg)
+        eps = torch.randn(data.shape, generator=generator).to(data)
+        eps_hat = denoise(model, q_sample(data, t, eps, cfg), t, y, cfg)[1]
+        diffusion = diffusion + 0.5 * (high - low) / K * ((eps - eps_hat) ** 2).sum((1, 2, 3))
+    x_0 = data + math.exp(-high / 2) * torch.randn(data.shape, generator=generator).to(data)
+    reconstruction = -decoder_log_prob(x, x_0, high, histogram).sum((1, 2, 3))
+    terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
+    terms["bpd"] = prior + diffusion + reconstruction
+    return {name: nats / (dims * math.log(2)) for name, nats in terms.items()}
+
+
+# ---- the loops
 
 BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
 
@@ -433,7 +412,7 @@ def update_ema(ema, model, step, share):
 
 def train(model, ema, data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run.begin(parts)
     net = torch.compile(model) if cfg.compile else model
@@ -444,7 +423,7 @@ def train(model, ema, data, cfg, run):
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
         with run.autocast():
             batch_loss = loss(net, x / 127.5 - 1, y, cfg).mean()
-        norm = run.update(batch_loss, model, optimizer, cfg.grad_clip)
+        norm = run.update(batch_loss, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
         run.log(loss=batch_loss, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
@@ -461,8 +440,8 @@ def evaluate(ema, data, cfg, run):
     generator, sums = torch.Generator().manual_seed(cfg.seed), {}
     for x, y in zip(data.test.split(BATCH), data.test_labels.split(BATCH), strict=True):
         run.check()
-        for name, bits in elbo(ema, x.to(run.device), y.to(run.device), cfg, histogram.to(run.device), generator).items():
-            sums[name] = sums.get(name, 0) + bits.double().sum().item()
+        for name, bits in elbo(ema, x.to(run.device), y.to(run.device), cfg, histogram, generator).items():
+            sums[name] = sums.get(name, 0) + bits.cpu().double().sum().item()
     return {f"test_{name}": total / len(data.test) for name, total in sums.items()}
 
 
@@ -487,30 +466,54 @@ def show_edits(ema, data, cfg, run):
     generator = torch.Generator().manual_seed(cfg.seed)
     x, y = data.test[:40].to(run.device) / 127.5 - 1, data.test_labels[:40].to(run.device)
     if cfg.inpaint:
-        mask = read_mask(cfg.inpaint, x.shape[-2:]).to(x)
+        mask = read_mask(cfg.inpaint, *x.shape[-2:]).to(x)
         pairs = torch.stack([x * mask - (1 - mask), inpaint(ema, x, mask, y, cfg, generator)], 1)
         save_grid(to_uint8(pairs.flatten(0, 1)), run.out / "inpaint.png", 10)
     if cfg.interpolate:
-        half = len(x) // 2
-        none = torch.full_like(y[:half], data.classes)
-        rows = interpolate(ema, x[:half], x[half:2 * half], none, cfg, generator)
-        save_grid(to_uint8(rows[:10].flatten(0, 1)), run.out / "interpolate.png", rows.shape[1])
+        ends, no_label = x[:10], torch.full_like(y[:10], data.classes)
+        rows = interpolate(ema, ends, ends.roll(1, 0), no_label, cfg, generator)
+        save_grid(to_uint8(rows.flatten(0, 1)), run.out / "interpolate.png", rows.shape[1])
 
 
-def read_mask(name, size):
+def read_mask(name, H, W):
     """(1,1,H,W) of 1 where the pixel is known: a half of the image, or the white of an image file."""
-    H, W = size
     row, column = torch.arange(H)[:, None].expand(H, W), torch.arange(W).expand(H, W)
     halves = {"left": column < W // 2, "right": column >= W // 2, "top": row < H // 2, "bottom": row >= H // 2}
-    if name in halves:
-        return halves[name][None, None]
     try:
+        if name in halves:
+            return halves[name][None, None]
         return torch.from_numpy(np.asarray(Image.open(name).convert("L").resize((W, H))) > 127)[None, None]
     except OSError as e:
         fail(f"--inpaint {name}: neither left, right, top nor bottom, nor a readable image ({e})")
 
 
 # ======== plumbing, byte-identical in all six scripts (python tools/sync.py): nothing about the model is in it ========
+
+import argparse
+import collections
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import urllib.request
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, NoReturn, get_args, get_origin
+
+import torch.distributed as dist
+from PIL import ImageOps
+from tqdm import tqdm
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MIRRORS = {
@@ -586,16 +589,17 @@ def fetch(name, file, data_dir):
 
 
 def load_folder(root, size):
-    """A folder of images, flat or with one subfolder a class; every tenth by name is held out as the test split.
+    """A folder of images, else its subfolders as classes; every tenth image by name is held out as the test split.
 
     Grey only where all are grey, else RGB; transparency is laid over white. Each image is scaled to cover size x size, or
     the commonest size where size is 0, and cropped at the centre. What cannot be read is named and skipped.
     """
-    classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    files = [(p, i) for i, c in enumerate(classes or [""]) for p in sorted((root / c).iterdir())
-             if p.is_file() and p.suffix.lower() in Image.registered_extensions()]
+    Image.init()
+    found = {d: sorted(p for p in d.iterdir() if p.suffix.lower() in Image.EXTENSION and p.is_file())
+             for d in (root, *sorted(d for d in root.iterdir() if d.is_dir()))}
+    folders = [root] if found[root] else [d for d in found if found[d]]
     images, labels, broken = [], [], []
-    for path, label in files:
+    for path, label in ((path, i) for i, d in enumerate(folders) for path in found[d]):
         try:
             with Image.open(path) as image:
                 if image.mode.startswith("I"):  # 16 bits a pixel
@@ -610,12 +614,12 @@ def load_folder(root, size):
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
-        fail(f"--dataset {root}: {len(images)} readable images (flat, or one subfolder a class), at least 2 are needed")
+        fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
     target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
     x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
-    return Data(x[~held], y[~held], x[held], y[held], len(classes))
+    return Data(x[~held], y[~held], x[held], y[held], 0 if folders == [root] else len(folders))
 
 
 def load_data(name, data_dir, image_size=0) -> Data:
@@ -710,7 +714,7 @@ def average_gradients(parameters):
         g.copy_(mean.view_as(g))
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def shuffle(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
@@ -725,6 +729,8 @@ def write(path, save):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror or e}", 1)
     finally:
         part.unlink(missing_ok=True)
 
@@ -789,18 +795,20 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
+    def describe(self, data):
+        """Note what the data is; a checkpoint of other data is refused."""
+        self.facts = {"shape": list(data.train.shape[1:]), "classes": data.classes, "train_images": len(data.train)}
+        if self.saved and self.saved["facts"] != self.facts:
+            fail(f"--dataset {self.cfg.dataset}: is {self.facts}, the run in {self.path} had {self.saved['facts']}")
+
     def begin(self, parts):
         """Restore, lay out the directory and save once: what cannot be written is found before any training."""
         self.restore(parts | {"scaler": self.scaler})
-        if self.saved and self.saved["facts"] != self.facts:
-            fail(f"--dataset {self.cfg.dataset}: is {self.facts}, the run in {self.path} had {self.saved['facts']}")
         if self.rank == 0:
-            log, lines = self.out / "metrics.jsonl", []
-            if self.cfg.resume and log.exists():
-                lines = [s for s in log.read_text().splitlines() if json.loads(s)["step"] <= self.step and "final" not in s]
-            else:
+            lines = [m for m in self.read_metrics() if m["step"] <= self.step and "final" not in m] if self.saved else []
+            if not self.saved:
                 shutil.rmtree(self.out / "samples", ignore_errors=True)
-            write(log, lambda f: f.write("".join(s + "\n" for s in lines).encode()))
+            write(self.out / "metrics.jsonl", lambda f: f.write("".join(json.dumps(m) + "\n" for m in lines).encode()))
             write(self.out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(self.cfg), indent=1).encode()))
         self.save(parts)
 
@@ -852,7 +860,7 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
-    def update(self, loss, model, optimizer, max_norm):
+    def update(self, loss, model, optimizer, max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -879,6 +887,11 @@ class Run:
             self.write_metrics(**means)
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
+    def read_metrics(self):
+        """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines() if (self.out / "metrics.jsonl").exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
     def write_metrics(self, **metrics):
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as f:
@@ -888,7 +901,7 @@ class Run:
         """Every metric against the step, as curves.png."""
         from matplotlib.figure import Figure
 
-        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        lines = self.read_metrics()
         names = [name for name in (lines or [{}])[0] if name != "step"]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
         for i, name in enumerate(names):
@@ -920,7 +933,7 @@ def main(argv=None):
     run = Run(choose(cfg), given, FREE)
     if cfg.mode != "sample" or cfg.inpaint or cfg.interpolate:
         data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
-        run.facts = {"shape": list(data.train.shape[1:]), "classes": data.classes, "train_images": len(data.train)}
+        run.describe(data)
     shape, classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
         fail(f"--label {cfg.label}: the data has {classes} classes")

@@ -20,8 +20,8 @@ beside the weights in tools/classifiers/NAME.pt, whose SHA-256 is written below.
   digits         11 s     100.00%         0.691, 0.969, 0.591 (n = 297)
   mnist          3 min    99.46%          0.0374, 0.993, 0.958 (n = 10,000)
   fashion_mnist  4 min    92.79%          0.0132, 0.999, 0.971 (n = 10,000)
-Numbers of two classifiers do not compare, and one trained on another machine differs in its last bits: the hashes change
-only when all published numbers are made anew.
+Numbers of two classifiers do not compare, and one trained on another machine differs in its last bits: the hashes
+change only when all published numbers are made anew.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def measure(f, classifier, reference, labels=None):
 
 def evaluate(images, dataset, data_dir="data", labels=None):
     """images: uint8 (N,H,W,C), labels: integers (N,) or None -> dict of plain values, as --json prints it."""
-    images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
+    images, labels = np.asarray(images, order="C"), None if labels is None else np.asarray(labels)
     check(images, dataset, labels)
     classifier = load_classifier(dataset)
     data = load_data(dataset, data_dir)

@@ -1,0 +1,123 @@
+"""A script copied alone into an empty folder works: no kernels/, no tools/, no matter from where it is started."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny import ROOT, SCRIPTS, TINY, Child, flags, load_checkpoint
+
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """alone(name): the only file of an empty folder."""
+    def copy(name):
+        folder = tmp_path / "alone"
+        folder.mkdir()
+        return Path(shutil.copy(ROOT / f"{name}.py", folder))
+    return copy
+
+
+def environment(**more):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | more
+
+
+def start(path, argv):
+    """`python path argv` in a process that has imported torch already: its folder, and no other of ours, on the path."""
+    sys.path[:] = [str(path.parent), *(p for p in sys.path if p and not Path(p).resolve().is_relative_to(ROOT))]
+    for name in [n for n in sys.modules if n.split(".")[0] in (*SCRIPTS, "kernels", "tiny")]:
+        del sys.modules[name]
+    sys.argv = [str(path), *argv]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+@every_script
+def test_alone_in_a_folder(name, alone):
+    """A process of its own, from that folder, with no --out: everything lies in runs/ there."""
+    path = alone(name)
+    argv = [f for f in flags(name, "") if f not in ("--out", "")]
+    done = subprocess.run([sys.executable, path.name, *argv], cwd=path.parent, env=environment(),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, "runs"]
+    out = path.parent / "runs" / f"{name}-digits"
+    assert load_checkpoint(out)["step"] == 4
+    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz", "curves.png"} <= {
+        p.name for p in out.iterdir()}
+    assert np.load(out / "samples.npz")["images"].shape == (4, 8, 8, 1)
+
+
+@every_script
+def test_from_another_folder(name, alone, tmp_path):
+    """Started from elsewhere it writes there, and nothing beside the script."""
+    path = alone(name)
+    argv = [f for f in flags(name, "") if f not in ("--out", "")]
+    child = Child(tmp_path / "elsewhere", start, path, argv)
+    assert child.join() == 0, child.stderr
+    assert load_checkpoint(tmp_path / "elsewhere" / "runs" / f"{name}-digits")["step"] == 4
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@every_script
+def test_by_another_name(name, alone, tmp_path):
+    """The name of the file is the name of the run and of what its checkpoints say they belong to."""
+    path = alone(name)
+    path = path.rename(path.with_name("my_model.py"))
+    child = Child(tmp_path / "elsewhere", start, path, [f for f in flags(name, "") if f not in ("--out", "")])
+    assert child.join() == 0, child.stderr
+    assert load_checkpoint(tmp_path / "elsewhere" / "runs" / "my_model-digits")["script"] == "my_model"
+
+
+FAKES = {  # what PyPI's unrelated package of this name, or somebody's file, may look like
+    "package": {"kernels/__init__.py": "from .layer import get_kernel\n__all__ = ['get_kernel']\n",
+                "kernels/layer.py": "def get_kernel(name):\n    raise RuntimeError('no hub')\n"},
+    "module": {"kernels.py": "mode = 'theirs'\n"},
+    "empty": {"kernels/__init__.py": ""},
+    "folder": {"kernels/README": "not a package at all"},
+    "wants what is not here": {"kernels/__init__.py": "import some_package_that_nobody_has\n"},
+}
+
+
+@every_script
+@pytest.mark.parametrize("fake", FAKES)
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the script", "installed"])
+def test_another_package_named_kernels_does_no_harm(name, fake, beside, alone, tmp_path):
+    path = alone(name)
+    place = path.parent if beside else tmp_path / "site"
+    for file, text in FAKES[fake].items():
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text(text)
+    child = Child(tmp_path / "elsewhere", start_with, path, place, [*flags(name, "run"), "--steps", "1", "--mode", "train"])
+    assert child.join() == 0, child.stderr
+    assert load_checkpoint(tmp_path / "elsewhere" / "run")["step"] == 1
+
+
+def start_with(path, place, argv):
+    sys.path.append(str(place))
+    start(path, argv)
+
+
+@every_script
+def test_triton_without_the_folder_is_refused(name, alone, tmp_path):
+    path = alone(name)
+    child = Child(tmp_path / "elsewhere", start, path, [*flags(name, "run"), "--kernels", "triton"])
+    assert child.join() == 2
+    assert re.fullmatch(r"error: --kernels triton: .*kernels/.*\n", child.stderr)
+    assert not (tmp_path / "elsewhere" / "run").exists()
+
+
+@every_script
+def test_help_of_a_lone_copy(name, alone, tmp_path):
+    path = alone(name)
+    child = Child(tmp_path / "elsewhere", start, path, ["--help"])
+    assert child.join() == 0 and child.stderr == ""
+    assert all(f in child.stdout for f in TINY[name].split() if f.startswith("--"))

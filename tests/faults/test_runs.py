@@ -1,0 +1,1256 @@
+"""Runs that are stopped, killed or fed with nonsense: what is on the disk afterwards, the exit code and the one line said."""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import io
+import itertools
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from tiny import SCRIPTS, Child, assert_same_state, error_line, flags, load_checkpoint, make_data, metrics
+
+SIGNALS = pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+
+
+@pytest.fixture(params=SCRIPTS)
+def module(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """The source of a Config is read once; no curves are drawn; stop signals are the test's own business."""
+    monkeypatch.setattr("inspect.getsource", functools.cache(inspect.getsource))
+    if "module" in request.fixturenames:
+        monkeypatch.setattr(request.getfixturevalue("module").Run, "curves", lambda self: None)
+    with tiny.handlers_kept():
+        yield
+
+
+def few_images(module):
+    """Every data set is a handful of images."""
+    module.load_data = lambda *args: make_data(module)
+
+
+@pytest.fixture
+def few(module, monkeypatch):
+    monkeypatch.setattr(module, "load_data", None)
+    few_images(module)
+
+
+@pytest.fixture
+def go(module, few):
+    """go(out, flag, ...): the exit code of a tiny run on a few images."""
+    return lambda out, *more: tiny.run(module, flags(module.__name__, out, *more))
+
+
+@pytest.fixture
+def straight(module, few, tmp_path_factory):
+    """straight(flag, ...): the folder of a run that nothing disturbed; made once, not to be changed."""
+    def run(*more):
+        key = (module.__name__, *map(str, more))
+        if key not in STRAIGHT:
+            out = tmp_path_factory.mktemp("straight") / "run"
+            assert tiny.run(module, flags(module.__name__, out, *more)) == 0
+            STRAIGHT[key] = out
+        return STRAIGHT[key]
+    return run
+
+
+STRAIGHT = {}
+
+
+@pytest.fixture
+def at_step(module, monkeypatch):
+    """at_step(k, action): action(run) in the middle of step k (counted from 1)."""
+    def arrange(step, action):
+        batch = module.Run.batch
+
+        def wrapped(self, *args):
+            out = batch(self, *args)
+            if self.step == step:
+                action(self)
+            return out
+        monkeypatch.setattr(module.Run, "batch", wrapped)
+    return arrange
+
+
+@pytest.fixture
+def at_check(module, monkeypatch):
+    """at_check(function, k, action): action() just before the k-th look for a stop signal in evaluate or generate."""
+    def arrange(function, count, action):
+        inside, original, check, seen = [], getattr(module, function), module.Run.check, itertools.count(1)
+
+        def wrapped(*args, **kwargs):
+            inside.append(True)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        def look(self):
+            if inside and next(seen) == count:
+                action()
+            check(self)
+        monkeypatch.setattr(module, function, wrapped)
+        monkeypatch.setattr(module.Run, "check", look)
+    return arrange
+
+
+def undo(monkeypatch, module):
+    """Take back what a test broke, but keep the few images."""
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "load_data", None)
+    few_images(module)
+    monkeypatch.setattr(module.Run, "curves", lambda self: None)
+
+
+def snapshot(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def assert_same_run(a, b, ignore=()):
+    """Two runs end in the same weights, metrics and samples, bit for bit."""
+    assert_same_state(load_checkpoint(a), load_checkpoint(b), ignore)
+    assert metrics(a) == metrics(b)
+    with np.load(a / "samples.npz") as x, np.load(b / "samples.npz") as y:
+        assert x.files == y.files and all(np.array_equal(x[name], y[name]) for name in x.files)
+    assert (a / "samples.png").read_bytes() == (b / "samples.png").read_bytes()
+    assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
+
+
+# ------------------------------------------------------------------------------------- resuming gives the same numbers
+
+
+def test_a_run_twice_is_the_same(straight, go, tmp_path):
+    assert go(tmp_path / "again") == 0
+    assert_same_run(straight(), tmp_path / "again")
+
+
+def test_another_seed_is_another_run(straight, go, tmp_path):
+    assert go(tmp_path / "other", "--seed", 4) == 0
+    a, b = load_checkpoint(straight()), load_checkpoint(tmp_path / "other")
+    assert any(torch.is_tensor(v) and not torch.equal(v, dict(tiny.leaves(b))[n]) for n, v in tiny.leaves(a))
+    with np.load(straight() / "samples.npz") as x, np.load(tmp_path / "other" / "samples.npz") as y:
+        assert not np.array_equal(x["images"], y["images"])
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_some_steps_and_some_more_are_all_the_steps(before, straight, go, tmp_path):
+    """By --steps where no schedule depends on the end; else the script says so and this row is its own to test."""
+    assert go(tmp_path / "run", "--steps", before) == 0
+    assert load_checkpoint(tmp_path / "run")["step"] == before
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+@SIGNALS
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_stopped_in_a_step_and_resumed_is_all_the_steps(number, code, step, straight, go, tmp_path, at_step, capsys,
+                                                        monkeypatch, module):
+    saves, save = [], module.Run.save
+    monkeypatch.setattr(module.Run, "save", lambda self, parts: (saves.append(self.step), save(self, parts)))
+    at_step(step, lambda run: signal.raise_signal(number))
+    assert go(tmp_path / "run") == code
+    line = error_line(capsys.readouterr().err)
+    assert signal.Signals(number).name in line and "--resume" in line and str(tmp_path / "run") in line
+    assert saves == sorted({0, step} | ({2} if step > 2 else set()))  # the step is finished, and saved once
+    assert load_checkpoint(tmp_path / "run")["step"] == step
+    assert not (tmp_path / "run" / "samples.npz").exists()
+    undo(monkeypatch, module)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+def test_resumed_step_by_step(straight, go, tmp_path, module, monkeypatch):
+    """Stopped after each of its steps."""
+    batch = module.Run.batch
+    monkeypatch.setattr(module.Run, "batch", lambda self, data: (signal.raise_signal(signal.SIGTERM), batch(self, data))[1])
+    for step in (1, 2, 3, 4):
+        assert go(tmp_path / "run", *["--resume"] * (step > 1)) == 143
+        assert load_checkpoint(tmp_path / "run")["step"] == step
+    assert go(tmp_path / "run", "--resume") == 0  # nothing is left but evaluation and sampling
+    assert_same_run(straight(), tmp_path / "run")
+
+
+@SIGNALS
+@pytest.mark.parametrize("function", ["evaluate", "generate"])
+def test_stopped_in_evaluation_or_sampling(number, code, function, straight, go, tmp_path, at_check, capsys, monkeypatch,
+                                           module):
+    final = 1 if function == "evaluate" else 3  # sample grids are made in the loop too, twice in four steps
+    at_check(function, final, lambda: signal.raise_signal(number))
+    assert go(tmp_path / "run") == code
+    assert "--resume" in error_line(capsys.readouterr().err.splitlines()[-1])
+    assert load_checkpoint(tmp_path / "run")["step"] == 4
+    assert not (tmp_path / "run" / "samples.npz").exists()
+    undo(monkeypatch, module)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+@SIGNALS
+def test_stopped_while_a_grid_of_samples_is_made_in_the_loop(number, code, straight, go, tmp_path, at_check, monkeypatch,
+                                                             module):
+    at_check("generate", 1, lambda: signal.raise_signal(number))
+    assert go(tmp_path / "run") == code
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+    undo(monkeypatch, module)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_state(load_checkpoint(straight()), load_checkpoint(tmp_path / "run"))
+    assert metrics(straight()) == metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode, function", [("sample", "generate"), ("eval", "evaluate")])
+def test_stopped_in_sampling_or_evaluation_alone(mode, function, straight, go, tmp_path, at_check):
+    shutil.copytree(straight(), tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    at_check(function, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert go(tmp_path / "run", "--mode", mode) == 143
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("more", [["--save-every", 1], ["--save-every", 1000], ["--log-every", 1000], ["--num-samples", 7]],
+                         ids=lambda more: " ".join(map(str, more)))
+def test_saving_sampling_and_logging_change_nothing(more, straight, go, tmp_path):
+    assert go(tmp_path / "run", *more) == 0
+    assert_same_state(load_checkpoint(straight()), load_checkpoint(tmp_path / "run"), [more[0][2:].replace("-", "_")])
+    assert metrics(straight())[-1] == metrics(tmp_path / "run")[-1]
+
+
+def test_sampling_alone_repeats_the_samples_of_the_run(straight, go, tmp_path):
+    shutil.copytree(straight(), tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    for name in ("samples.npz", "samples.png"):
+        (tmp_path / "run" / name).unlink()
+    assert go(tmp_path / "run", "--mode", "sample") == 0
+    assert_same_run(straight(), tmp_path / "run")
+    assert {n: c for n, c in snapshot(tmp_path / "run").items() if n != "samples.npz"} == {
+        n: c for n, c in before.items() if n != "samples.npz"}  # the checkpoint and the log are left alone
+
+
+def test_sampling_needs_no_data(straight, go, tmp_path, module, monkeypatch):
+    shutil.copytree(straight(), tmp_path / "run")
+    monkeypatch.setattr(module, "load_data", lambda *args: pytest.fail("the data set was loaded"))
+    assert tiny.run(module, ["--mode", "sample", "--out", tmp_path / "run", "--num-samples", 3]) == 0
+    assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (3, 8, 8, 1)
+
+
+def test_evaluation_alone_repeats_the_result_of_the_run(straight, go, tmp_path):
+    shutil.copytree(straight(), tmp_path / "run")
+    assert go(tmp_path / "run", "--mode", "eval") == 0
+    lines = metrics(tmp_path / "run")
+    assert lines[:-1] == metrics(straight()) and lines[-1] == lines[-2]
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == (straight() / "checkpoint.pt").read_bytes()
+
+
+def test_a_finished_run_resumed_trains_no_more(straight, go, tmp_path, at_step, module):
+    shutil.copytree(straight(), tmp_path / "run")
+    at_step(5, lambda run: pytest.fail("a fifth step"))
+    assert tiny.run(module, ["--resume", "--out", tmp_path / "run"]) == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+def test_a_finished_run_can_be_continued_for_longer(straight, go, tmp_path):
+    shutil.copytree(straight(), tmp_path / "run")
+    assert go(tmp_path / "run", "--resume", "--steps", 6) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 6]
+    assert [line.get("final", False) for line in metrics(tmp_path / "run")] == [False] * 6 + [True]
+
+
+def test_checkpoints_hold_only_tensors_and_plain_types(straight):
+    saved = torch.load(straight() / "checkpoint.pt", weights_only=True)  # loads nothing else
+    kinds = {type(leaf) for _, leaf in tiny.leaves(saved)}
+    assert kinds <= {torch.Tensor, int, float, bool, str, type(None)}
+    devices = {leaf.device.type for _, leaf in tiny.leaves(saved) if torch.is_tensor(leaf)}
+    assert devices == {"cpu"}
+    assert not any(leaf.requires_grad for _, leaf in tiny.leaves(saved) if torch.is_tensor(leaf))
+    assert all(leaf.isfinite().all() for _, leaf in tiny.leaves(saved) if torch.is_tensor(leaf))
+
+
+def test_what_a_run_leaves(straight):
+    assert sorted(snapshot(straight())) == [
+        "checkpoint.pt", "config.json", "metrics.jsonl", "samples.npz", "samples.png", "samples/step_000002.png",
+        "samples/step_000004.png"]  # and curves.png, which these tests do not draw
+    lines = metrics(straight())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4] and lines[-1]["final"] is True
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert np.load(straight() / "samples.npz")["images"].dtype == np.uint8
+
+
+# ------------------------------------------------------------------------------------------------- killed at any moment
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def killed_at(point, count, module):
+    """Kill the process at the count-th save of a checkpoint: in the file, before or after the renaming, or in between."""
+    few_images(module)
+    module.Run.curves = lambda self: None
+    seen, fsync, replace, save = itertools.count(1), os.fsync, os.replace, torch.save
+
+    def last(path):
+        return "checkpoint" in str(path) and next(seen) == count
+
+    if point == "in the pickle":
+        torch.save = lambda state, f: die() if next(seen) == count else save(state, f)
+    elif point == "half written":
+        def half(fd):
+            if last(os.readlink(f"/proc/self/fd/{fd}")):
+                os.ftruncate(fd, os.fstat(fd).st_size // 2)
+                die()
+            fsync(fd)
+        os.fsync = half
+    elif point == "before the renaming":
+        os.replace = lambda a, b: die() if last(b) else replace(a, b)
+    elif point == "after the renaming":
+        os.replace = lambda a, b: (replace(a, b), die() if last(b) else None)
+
+
+@pytest.mark.parametrize("point", ["in the pickle", "half written", "before the renaming", "after the renaming"])
+def test_killed_in_a_save(point, straight, go, tmp_path, module):
+    """The third save of a run is that of step 4; the last complete checkpoint is that of step 2, or of 4 if it is there."""
+    out = tmp_path / "run"
+    child = Child(tmp_path / "child", tiny.run_script, module.__name__, flags(module.__name__, out),
+                  functools.partial(killed_at, point, 3))
+    assert child.join() == -signal.SIGKILL
+    assert load_checkpoint(out)["step"] == (4 if point == "after the renaming" else 2)
+    assert go(out, "--resume") == 0
+    left = [p for p in out.iterdir() if p.name.endswith(".part")]
+    assert len(left) <= 1
+    for part in left:
+        part.unlink()
+    assert_same_run(straight(), out)
+
+
+@pytest.mark.parametrize("point", ["half written", "before the renaming"])
+def test_killed_in_the_first_save(point, straight, go, tmp_path, module, capsys):
+    """Then there is nothing to resume, which is said; the run can be started anew."""
+    out = tmp_path / "run"
+    child = Child(tmp_path / "child", tiny.run_script, module.__name__, flags(module.__name__, out),
+                  functools.partial(killed_at, point, 1))
+    assert child.join() == -signal.SIGKILL
+    assert not (out / "checkpoint.pt").exists()
+    assert go(out, "--resume") == 2
+    assert str(out) in error_line(capsys.readouterr().err)
+    assert go(out, "--overwrite") == 0
+    assert_same_state(load_checkpoint(straight()), load_checkpoint(out))
+
+
+def test_killed_in_a_save_of_a_run_that_was_to_be_overwritten(straight, go, tmp_path, module):
+    """The first save of the new run fails half-way: the old checkpoint is there still, and whole."""
+    out = tmp_path / "run"
+    shutil.copytree(straight(), out)
+    child = Child(tmp_path / "child", tiny.run_script, module.__name__, flags(module.__name__, out, "--overwrite"),
+                  functools.partial(killed_at, "half written", 1))
+    assert child.join() == -signal.SIGKILL
+    assert (out / "checkpoint.pt").read_bytes() == (straight() / "checkpoint.pt").read_bytes()
+    assert go(out, "--overwrite") == 0
+    assert_same_state(load_checkpoint(straight()), load_checkpoint(out))
+
+
+def quickly(module):
+    few_images(module)
+    module.Run.curves = lambda self: None
+
+
+def test_killed_at_random_moments(straight, go, tmp_path, module):
+    """Again and again, saving after each step: never a broken checkpoint nor a step back, at the end the same numbers."""
+    name, out, rng, last = module.__name__, tmp_path / "run", random.Random(0), 0
+    argv = flags(name, out, "--steps", 40, "--save-every", 1)
+    for trial in range(8):
+        more = ["--resume"] if (out / "checkpoint.pt").exists() else ["--overwrite"]
+        child = Child(tmp_path / f"child{trial}", tiny.run_script, name, [*argv, *more], quickly)
+        if trial % 2:  # else it may not have come to its first step
+            child.wait_for(lambda last=last: (out / "checkpoint.pt").exists() and load_checkpoint(out)["step"] > last)
+        time.sleep(rng.random() / 5)
+        with contextlib.suppress(ProcessLookupError):
+            child.send(signal.SIGKILL)
+        assert child.join() in (-signal.SIGKILL, 0), child.stderr
+        if (out / "checkpoint.pt").exists():
+            step = load_checkpoint(out)["step"]
+            assert step >= last
+            last = step
+    assert last > 0
+    assert go(out, "--steps", 40, "--save-every", 1, "--resume") == 0
+    for part in out.rglob("*.part"):
+        part.unlink()
+    whole = straight("--steps", 40, "--save-every", 1)
+    assert_same_state(load_checkpoint(whole), load_checkpoint(out))
+    assert metrics(whole) == metrics(out)
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "sec', '{"step": 3, "seconds": 0.1, "loss": 1.0', "\0\0\0\0", "{", '"'])
+def test_a_half_written_line_of_the_log(tail, straight, go, tmp_path, at_step, monkeypatch, module):
+    """What a power cut or a full disk leaves at the end of metrics.jsonl: the line is dropped, the run goes on."""
+    at_step(2, lambda run: signal.raise_signal(signal.SIGTERM))
+    assert go(tmp_path / "run") == 143
+    undo(monkeypatch, module)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write(tail)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+def test_lines_of_the_log_beyond_the_checkpoint_are_dropped(straight, go, tmp_path, module):
+    """Killed between two saves: what was logged after the last one is logged again, not twice."""
+    out = tmp_path / "run"
+    child = Child(tmp_path / "child", tiny.run_script, module.__name__, flags(module.__name__, out), killed_in_step_4)
+    assert child.join() == -signal.SIGKILL
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3] and load_checkpoint(out)["step"] == 2
+    assert go(out, "--resume") == 0
+    assert_same_run(straight(), out)
+
+
+def killed_in_step_4(module):
+    quickly(module)
+    batch = module.Run.batch
+    module.Run.batch = lambda self, data: die() if self.step == 4 else batch(self, data)
+
+
+def waits_in_step_3(module):
+    """Stay in the third step until the end of days, and say by files when it began and when a stop signal came."""
+    quickly(module)
+    batch = module.Run.batch
+
+    def wait(self, data):
+        while self.step == 3:
+            Path("in step").touch()
+            if self.signal:
+                Path("stopping").touch()
+            time.sleep(0.01)
+        return batch(self, data)
+    module.Run.batch = wait
+
+
+@pytest.mark.parametrize("first, second, code", [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGTERM, 143),
+                                                 (signal.SIGINT, signal.SIGTERM, 143)])
+def test_a_second_signal_exits_at_once(first, second, code, straight, go, tmp_path, module):
+    out = tmp_path / "run"
+    child = Child(tmp_path / "child", tiny.run_script, module.__name__, flags(module.__name__, out), waits_in_step_3)
+    assert child.wait_for((child.folder / "in step").exists), child.stderr
+    child.send(first)
+    assert child.wait_for((child.folder / "stopping").exists), child.stderr
+    assert child.process.is_alive()  # the first signal lets the step finish
+    child.send(second)
+    assert child.join() == code
+    assert "Traceback" not in child.stderr
+    assert load_checkpoint(out)["step"] == 2
+    assert go(out, "--resume") == 0
+    assert_same_run(straight(), out)
+
+
+def test_a_real_process_stopped_by_a_real_signal(tmp_path, module):
+    """From the outside: the exit code a shell sees, one line, a run that can be resumed."""
+    out, name = tmp_path / "run", module.__name__
+    command = [sys.executable, tiny.ROOT / f"{name}.py", *flags(name, out, "--steps", 10**6, "--save-every", 5)]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while process.poll() is None and len(list((out / "samples").glob("*.png"))) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "SIGTERM" in error_line(err)
+    step = load_checkpoint(out)["step"]
+    assert step >= 10
+    assert tiny.run(module, flags(name, out, "--resume", "--steps", step + 1, "--save-every", 5)) == 0
+    assert load_checkpoint(out)["step"] == step + 1
+
+
+def stopped_in_step_2_if_rank_1(module):
+    quickly(module)
+    batch = module.Run.batch
+
+    def stop(self, data):
+        if self.step == 2 and self.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, data)
+    module.Run.batch = stop
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, module):
+    out, name = tmp_path / "run", module.__name__
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
+    children = [Child(tmp_path / f"rank{rank}", tiny.run_script, name, flags(name, out, "--steps", 1000, "--save-every", 999),
+                      stopped_in_step_2_if_rank_1, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                for rank in (0, 1)]
+    assert [child.join() for child in children] == [143, 143], children[0].stderr + children[1].stderr
+    assert load_checkpoint(out)["step"] == 2
+
+
+# ---------------------------------------------------------------------------------------- nowhere to write, no space left
+
+
+@pytest.fixture
+def no_training(module, monkeypatch):
+    """The fault must be found before the first step."""
+    monkeypatch.setattr(module.Run, "batch", lambda *args: pytest.fail("training began"))
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Files cannot grow beyond this: writing fails in the middle, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "file/a/b"])
+def test_out_under_a_file(where, go, tmp_path, capsys, no_training):
+    (tmp_path / "file").write_text("precious")
+    assert go(tmp_path / where) in (1, 2)
+    assert str(tmp_path / where) in error_line(capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+def test_out_where_nothing_can_be_made(go, capsys, no_training):
+    assert go("/proc/there/run") in (1, 2)
+    assert "/proc/there" in error_line(capsys.readouterr().err)
+
+
+def test_out_that_cannot_be_written_to(go, tmp_path, capsys, no_training, monkeypatch):
+    real = open
+
+    def refuse(path, mode="r", *args, **kwargs):
+        if str(path).startswith(str(tmp_path / "run")) and mode[0] in "wax":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, mode, *args, **kwargs)
+    monkeypatch.setattr("builtins.open", refuse)
+    assert go(tmp_path / "run") in (1, 2)
+    line = error_line(capsys.readouterr().err)
+    assert "Permission denied" in line and str(tmp_path / "run") in line
+
+
+def test_a_full_disk_is_found_before_training(go, tmp_path, capsys, no_training):
+    with file_size_limit(10_000):
+        code = go(tmp_path / "run")
+    assert code == 1
+    assert str(tmp_path / "run" / "checkpoint.pt") in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists() and not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_really_full_disk(go, tmp_path, capsys, no_training):
+    (tmp_path / "small").mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", tmp_path / "small"], capture_output=True)
+    if done.returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        assert go(tmp_path / "small" / "run") == 1
+        line = error_line(capsys.readouterr().err)
+        assert "No space left" in line and str(tmp_path / "small" / "run" / "checkpoint.pt") in line
+        assert not list((tmp_path / "small").rglob("*.part"))
+    finally:
+        subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint(straight, go, tmp_path, capsys, at_step, monkeypatch, module):
+    """The save after step 4 fails half-way; that of step 2 stays, and the run goes on from there when there is space."""
+    before, limit = {}, contextlib.ExitStack()
+    with limit:
+        def fill(run):
+            before.update(snapshot(tmp_path / "run"))
+            limit.enter_context(file_size_limit(10_000))
+        at_step(3, fill)
+        code = go(tmp_path / "run")
+    assert code == 1
+    assert str(tmp_path / "run" / "checkpoint.pt") in error_line(capsys.readouterr().err)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+    assert not list((tmp_path / "run").rglob("*.part")) and load_checkpoint(tmp_path / "run")["step"] == 2
+    undo(monkeypatch, module)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+def test_a_log_that_cannot_grow(straight, go, tmp_path, capsys, at_step, monkeypatch, module):
+    limit = contextlib.ExitStack()
+    with limit:
+        at_step(3, lambda run: limit.enter_context(file_size_limit((tmp_path / "run" / "metrics.jsonl").stat().st_size + 9)))
+        code = go(tmp_path / "run")
+    assert code == 1
+    assert str(tmp_path / "run" / "metrics.jsonl") in error_line(capsys.readouterr().err)
+    undo(monkeypatch, module)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+def test_samples_that_do_not_fit_leave_the_old_ones(straight, go, tmp_path, capsys):
+    shutil.copytree(straight(), tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    with file_size_limit(2_000):
+        code = go(tmp_path / "run", "--mode", "sample", "--num-samples", 300)
+    assert code == 1
+    assert str(tmp_path / "run" / "samples.npz") in error_line(capsys.readouterr().err)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_out_taken_away_during_training(go, tmp_path, capsys, at_step):
+    at_step(3, lambda run: shutil.rmtree(tmp_path / "run"))
+    assert go(tmp_path / "run") == 1
+    assert str(tmp_path / "run") in error_line(capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------------------------ a run in the way
+
+
+def test_an_existing_run_is_not_overwritten(straight, go, tmp_path, capsys, no_training):
+    out = tmp_path / "run"
+    shutil.copytree(straight(), out)
+    before = snapshot(out)
+    assert go(out) == 2
+    line = error_line(capsys.readouterr().err)
+    assert str(out) in line and "--resume" in line and "--overwrite" in line
+    assert snapshot(out) == before
+
+
+def test_a_folder_with_something_else_in_it_is_not_written_to(go, tmp_path, capsys, no_training):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert go(tmp_path) == 2
+    assert "--out" in error_line(capsys.readouterr().err)
+    assert snapshot(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def test_an_empty_folder_is_free(go, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert go(tmp_path / "run", "--steps", 1) == 0
+
+
+def test_overwrite_begins_anew(straight, go, tmp_path):
+    assert go(tmp_path / "run", "--seed", 5, "--steps", 5) == 0
+    assert go(tmp_path / "run", "--overwrite") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints refused
+
+
+@pytest.fixture
+def trained(straight, tmp_path):
+    shutil.copytree(straight(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+every_mode = pytest.mark.parametrize("mode", [["--resume"], ["--mode", "eval"], ["--mode", "sample"]], ids=" ".join)
+
+
+def refused(go, capsys, out, *more):
+    """It exits with code 2, one line that names the checkpoint, and leaves every file as it was."""
+    before = snapshot(out)
+    assert go(out, *more) == 2
+    line = error_line(capsys.readouterr().err)
+    assert str(out) in line
+    assert snapshot(out) == before
+    return line
+
+
+@every_mode
+def test_no_checkpoint(mode, go, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert "checkpoint" in refused(go, capsys, tmp_path / "run", *mode)
+    assert go(tmp_path / "nowhere", *mode) == 2
+    assert str(tmp_path / "nowhere") in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 4, 30, 100, 1000, 0.1, 0.5, 0.9, -100, -22, -1])
+def test_truncated_checkpoint(keep, trained, go, capsys):
+    content = (trained / "checkpoint.pt").read_bytes()
+    (trained / "checkpoint.pt").write_bytes(content[:int(keep * len(content)) if isinstance(keep, float) else keep])
+    assert "checkpoint.pt" in refused(go, capsys, trained, "--resume")
+
+
+@pytest.mark.parametrize("content", [
+    b"<html>404</html>", b"\0" * 5000, b"PK\x03\x04", b"\x80\x02.", b"\x80\x04N.", b"\x80\x04}.",
+    pickle.dumps({"format": 1}), pickle.dumps([1, 2]), b"\n\n\n", bytes(range(256)) * 9])
+@every_mode
+def test_not_a_checkpoint_at_all(content, mode, trained, go, capsys):
+    (trained / "checkpoint.pt").write_bytes(content)
+    assert "checkpoint.pt" in refused(go, capsys, trained, *mode)
+
+
+def test_bits_of_a_checkpoint_flipped(trained, go, capsys):
+    """In the weights, where nothing but a checksum can tell."""
+    raw = bytearray((trained / "checkpoint.pt").read_bytes())
+    weight = max((v for _, v in tiny.leaves(load_checkpoint(trained)) if torch.is_tensor(v)), key=torch.numel)
+    at = raw.find(weight.contiguous().numpy().tobytes()[:64])
+    if at < 0:  # kept in another order of dimensions
+        at = raw.find(weight.permute(0, 2, 3, 1).contiguous().numpy().tobytes()[:64])
+    assert at > 0
+    raw[at + 3] ^= 64
+    (trained / "checkpoint.pt").write_bytes(raw)
+    refused(go, capsys, trained, "--resume")
+
+
+def test_a_folder_under_the_name_of_the_checkpoint(trained, go, capsys):
+    (trained / "checkpoint.pt").unlink()
+    (trained / "checkpoint.pt").mkdir()
+    assert "checkpoint.pt" in refused(go, capsys, trained, "--resume")
+
+
+def changed(trained, change):
+    saved = load_checkpoint(trained)
+    saved = change(saved) or saved
+    torch.save(saved, trained / "checkpoint.pt")
+
+
+@every_mode
+def test_checkpoint_of_another_script(mode, trained, go, capsys, module):
+    changed(trained, lambda saved: saved.update(script="another_model"))
+    line = refused(go, capsys, trained, *mode)
+    assert "another_model" in line and module.__name__ in line
+
+
+@every_mode
+def test_checkpoint_of_another_format(mode, trained, go, capsys):
+    changed(trained, lambda saved: saved.update(format=2))
+    assert "format" in refused(go, capsys, trained, *mode)
+
+
+@every_mode
+def test_checkpoint_of_another_version_of_the_script(mode, trained, go, capsys):
+    """Whose configuration has a field more, or a field less: named."""
+    changed(trained, lambda saved: saved["config"].update(number_of_heads=3))
+    assert "number_of_heads" in refused(go, capsys, trained, *mode)
+    changed(trained, lambda saved: (saved["config"].pop("number_of_heads"), saved["config"].pop("lr"))[:0])
+    assert "lr" in refused(go, capsys, trained, *mode)
+
+
+@pytest.mark.parametrize("part", ["model", "model's tensors", "one tensor", "config", "step"])
+def test_weights_alone(part, trained, go, capsys):
+    saved = load_checkpoint(trained)
+    model = next(v for v in saved.values() if isinstance(v, dict) and v and all(map(torch.is_tensor, v.values())))
+    torch.save({"model": {"model": model}, "model's tensors": dict(model), "one tensor": next(iter(model.values())),
+                "config": {k: v for k, v in saved.items() if k != "config"},
+                "step": {k: v for k, v in saved.items() if k != "step"}}[part], trained / "checkpoint.pt")
+    assert "checkpoint" in refused(go, capsys, trained, "--resume")
+
+
+@pytest.mark.parametrize("flag, value", [("--lr", 0.125), ("--batch-size", 8), ("--seed", 4), ("--dataset", "mnist"),
+                                         ("--image-size", 16), ("--ema", 0.5)])
+def test_another_configuration_is_refused(flag, value, trained, go, capsys, module):
+    """A run keeps its configuration: a flag that differs is named, with both values."""
+    had = load_checkpoint(trained)["config"][flag[2:].replace("-", "_")]
+    line = refused(go, capsys, trained, "--resume", flag, value)
+    assert flag in line and str(value) in line and str(had) in line
+    assert tiny.run(module, ["--resume", "--out", trained, flag, had]) == 0  # said again it is no difference
+
+
+def test_every_flag_of_the_model_is_refused_or_free(trained, module, capsys):
+    """Whatever is not free to change is refused when it changes; whatever is free is taken."""
+    import dataclasses
+
+    saved = load_checkpoint(trained)["config"]
+    assert {"dataset", "image_size", "batch_size", "lr", "seed", "ema"}.isdisjoint(module.FREE)
+    for field in dataclasses.fields(module.Config):
+        if field.name not in module.FREE and isinstance(saved[field.name], (int, float)) and field.type in (int, float):
+            value = saved[field.name] + 1 if field.type is int else saved[field.name] / 2 + 0.125
+            flag = "--" + field.name.replace("_", "-")
+            with pytest.raises(SystemExit) as e:
+                module.main(["--resume", "--out", str(trained), flag, str(value)])
+            assert e.value.code == 2 and flag in error_line(capsys.readouterr().err)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@every_mode
+@pytest.mark.parametrize("form", ["pickle", "old torch", "torch", "inside a checkpoint"])
+def test_a_malicious_checkpoint_runs_nothing(form, mode, trained, go, capsys, tmp_path):
+    evil, path = Payload(tmp_path / "owned"), trained / "checkpoint.pt"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(evil))
+    elif form == "inside a checkpoint":
+        torch.save(load_checkpoint(trained) | {"optimizer": evil}, path)
+    else:
+        torch.save(evil, path, _use_new_zipfile_serialization=form == "torch")
+    refused(go, capsys, trained, *mode)
+    assert not (tmp_path / "owned").exists()
+    with contextlib.suppress(Exception):
+        torch.load(io.BytesIO(path.read_bytes()), weights_only=False)  # it would have
+    assert (tmp_path / "owned").exists()
+
+
+def test_a_run_resumed_on_other_data(go, tmp_path, capsys, monkeypatch, module):
+    """Other sizes, channels, classes or numbers of images than those it was trained on: named, in one line."""
+    assert go(tmp_path / "run", "--steps", 1) == 0
+    capsys.readouterr()
+    others = {"channels": {"shape": (3, 8, 8)}, "size": {"shape": (1, 16, 16)}, "number": {"train": 41},
+              "classes": {"classes": 4}, "no classes": {"classes": 0}}
+    for what, other in others.items():
+        monkeypatch.setattr(module, "load_data", lambda *args, other=other: make_data(module, **other))
+        for mode in (["--resume", "--steps", 2], ["--mode", "eval"]):
+            if what == "number" and mode[0] == "--mode":
+                continue
+            before = snapshot(tmp_path / "run")
+            try:
+                code = go(tmp_path / "run", *mode)
+            except RuntimeError as e:
+                pytest.fail(f"{what}, {mode}: {str(e).splitlines()[0]}")
+            assert code == 2, what
+            assert "--dataset" in error_line(capsys.readouterr().err)
+            assert snapshot(tmp_path / "run") == before
+
+
+# ------------------------------------------------------------------------------------------------- numbers that explode
+
+
+@pytest.fixture
+def spoil(module, monkeypatch):
+    """spoil(step, loss=, gradient=): multiply the loss, or the gradient of one parameter, by a number in this step."""
+    update, found = module.Run.update, []
+
+    def arrange(step, loss=1.0, gradient=None):
+        def spoilt(self, batch_loss, model, *args):
+            if self.step == step:
+                batch_loss = batch_loss * loss
+                if gradient:
+                    names = [n for n, q in model.named_parameters() if q.requires_grad]
+                    found[:] = names[len(names) // 2:len(names) // 2 + 2]
+                    hooks = [model.get_parameter(name).register_hook(lambda g: g * gradient) for name in found]
+                    try:
+                        return update(self, batch_loss, model, *args)
+                    finally:
+                        for hook in hooks:
+                            hook.remove()
+            return update(self, batch_loss, model, *args)
+        monkeypatch.setattr(module.Run, "update", spoilt)
+        return found
+    return arrange
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite(value, spoil, go, tmp_path, capsys, straight, monkeypatch, module):
+    spoil(3, loss=value)
+    assert go(tmp_path / "run") == 1
+    line = error_line(capsys.readouterr().err)
+    assert "step 3" in line and str(value) in line and str(tmp_path / "run" / "checkpoint.pt") in line
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+    undo(monkeypatch, module)
+    assert go(tmp_path / "run", "--resume") == 0
+    assert_same_run(straight(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite(value, spoil, go, tmp_path, capsys):
+    found = spoil(3, gradient=value)
+    assert go(tmp_path / "run", "--save-every", 1) == 1
+    line = error_line(capsys.readouterr().err)
+    assert "step 3" in line and found[0] in line and found[1] not in line
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+    assert all(v.isfinite().all() for _, v in tiny.leaves(load_checkpoint(tmp_path / "run")) if torch.is_tensor(v))
+
+
+def test_the_first_step_not_finite(spoil, go, tmp_path, capsys):
+    spoil(1, loss=math.nan)
+    assert go(tmp_path / "run") == 1
+    assert "step 1" in error_line(capsys.readouterr().err)
+    assert load_checkpoint(tmp_path / "run")["step"] == 0
+
+
+def test_a_learning_rate_that_is_far_too_large(go, tmp_path, capsys):
+    """Whether the weights, the loss or the gradient go first: it stops, and no file holds a number that is not finite."""
+    code = go(tmp_path / "run", "--lr", "1e38", "--save-every", 1, "--steps", 20)
+    assert code == 1
+    assert "--lr" in error_line(capsys.readouterr().err)
+    assert all(v.isfinite().all() for _, v in tiny.leaves(load_checkpoint(tmp_path / "run")) if torch.is_tensor(v))
+
+
+@pytest.mark.parametrize("value", ["inf", "1e999"])
+def test_an_infinite_learning_rate_is_refused(value, go, tmp_path, capsys, no_training):
+    assert go(tmp_path / "run", "--lr", value) == 2
+    assert "--lr" in error_line(capsys.readouterr().err)
+
+
+def test_fp16_skips_a_step_that_overflows_and_stops_at_a_loss_that_does(spoil, go, tmp_path, capsys):
+    spoil(2, gradient=math.inf)
+    assert go(tmp_path / "skips", "--amp", "fp16") == 0
+    assert all(v.isfinite().all() for _, v in tiny.leaves(load_checkpoint(tmp_path / "skips")) if torch.is_tensor(v))
+    spoil(2, loss=math.nan)
+    capsys.readouterr()
+    assert go(tmp_path / "stops", "--amp", "fp16") == 1
+    assert "step 2" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_resumes_bit_for_bit(amp, go, tmp_path, straight):
+    assert go(tmp_path / "run", "--amp", amp, "--steps", 2) == 0
+    assert go(tmp_path / "run", "--amp", amp, "--resume") == 0
+    assert_same_state(load_checkpoint(straight("--amp", amp)), load_checkpoint(tmp_path / "run"))
+
+
+# --------------------------------------------------------------------------------------------------- nonsense on the line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--dataset", "imagenet"], ["--dataset imagenet", "digits", "mnist", "fashion_mnist", "cifar10", "folder"]),
+    (["--dataset", "no/such/folder"], ["--dataset no/such/folder", "digits", "folder"]),
+    (["--dataset", "MNIST"], ["--dataset MNIST", "mnist"]),
+    (["--device", "tpu"], ["--device", "tpu", "auto", "cpu", "cuda", "mps"]),
+    (["--kernels", "cutlass"], ["--kernels", "cutlass", "auto", "torch", "triton"]),
+    (["--mode", "play"], ["--mode", "play", "train", "eval", "sample"]),
+    (["--steps", "0"], ["--steps 0", "> 0"]),
+    (["--steps", "-5"], ["--steps -5", "> 0"]),
+    (["--minutes", "0"], ["--minutes 0", "> 0"]),
+    (["--minutes", "-1"], ["--minutes -1", "> 0"]),
+    (["--minutes", "nan"], ["--minutes nan"]),
+    (["--batch-size", "0"], ["--batch-size 0", "> 0"]),
+    (["--batch-size", "-3"], ["--batch-size -3", "> 0"]),
+    (["--image-size", "-8"], ["--image-size -8", ">= 0"]),
+    (["--num-samples", "0"], ["--num-samples 0", "> 0"]),
+    (["--save-every", "0"], ["--save-every 0", "> 0"]),
+    (["--log-every", "0"], ["--log-every 0", "> 0"]),
+    (["--lr", "0"], ["--lr 0", "> 0"]),
+    (["--lr", "nan"], ["--lr nan", "> 0"]),
+    (["--ema", "1.5"], ["--ema 1.5", "0 to 1"]),
+    (["--seed", "-1"], ["--seed -1", ">= 0"]),
+    (["--batch-size", "sixteen"], ["--batch-size", "sixteen"]),
+    (["--no-such-flag"], ["--no-such-flag"]),
+])
+def test_nonsense_is_one_line_and_exit_code_2(argv, words, module, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tiny.run(module, argv) == 2
+    out, err = capsys.readouterr()
+    line = error_line(err)
+    assert out == "" and all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())  # nothing was made
+
+
+@pytest.mark.parametrize("device, there", [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())])
+def test_a_device_that_is_not_there(device, there, module, tmp_path, capsys, monkeypatch):
+    if there:
+        pytest.skip("it is there")
+    monkeypatch.chdir(tmp_path)
+    assert tiny.run(module, ["--device", device]) == 2
+    line = error_line(capsys.readouterr().err)
+    assert f"--device {device}" in line and "cpu" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+@pytest.mark.parametrize("kernels, word", [(None, "kernels/"), (types.SimpleNamespace(mode="auto", report=None), "CUDA")])
+def test_triton_without_the_folder_or_without_cuda(kernels, word, module, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    assert tiny.run(module, ["--kernels", "triton"]) == 2
+    line = error_line(capsys.readouterr().err)
+    assert "--kernels triton" in line and word in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_lack_of_memory_is_one_line(module, few, tmp_path, capsys, monkeypatch):
+    """What torch says when the memory of a device, or of the machine, is used up."""
+    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                               "you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)\n"), MemoryError()):
+        def lack(*args, error=error):
+            raise error
+        monkeypatch.setattr(module.Run, "batch", lack)
+        try:
+            code = tiny.run(module, flags(module.__name__, tmp_path / "run", "--overwrite"))
+        except (RuntimeError, MemoryError) as e:
+            pytest.fail(f"a traceback of {e!r}")
+        assert code == 1 and "--batch-size" in error_line(capsys.readouterr().err)
+
+
+# ----------------------------------------------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    return tmp_path / "images"
+
+
+def picture(path, size=(8, 8), mode="RGB", seed=0, **options):
+    """A picture of noise, in any mode and format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    depth = {"L": 1, "LA": 2, "I;16": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}.get(mode)  # bytes a pixel
+    noise = np.random.RandomState(seed).bytes(size[0] * size[1] * (depth or 3))
+    image = Image.frombytes(mode, size, noise) if depth else Image.frombytes("RGB", size, noise).convert(mode)
+    image.save(path, **options)
+
+
+def pictures(folder, n, **more):
+    for i in range(n):
+        picture(folder / f"{i:03d}.png", seed=i, **more)
+
+
+def load(module, folder, size=0):
+    return module.load_data(str(folder), "nowhere", size)
+
+
+def both(data):
+    return torch.cat([data.train, data.test])
+
+
+@pytest.fixture
+def trains(module, tmp_path, capsys):
+    """trains(folder, ...): two steps, evaluation and samples; every number finite and none of them an idle 0."""
+    def check(folder, *more):
+        out = tmp_path / "out"
+        code = tiny.run(module, flags(module.__name__, out, "--steps", 2, "--dataset", folder, *more))
+        assert code == 0, capsys.readouterr().err
+        lines = metrics(out)
+        assert [line["step"] for line in lines] == [1, 2, 2]
+        assert all(math.isfinite(v) for line in lines for v in line.values())
+        assert all(line["loss"] != 0 for line in lines[:2])
+        assert any(v != 0 for k, v in lines[2].items() if k.startswith("test_"))
+        return np.load(out / "samples.npz")["images"]
+    return check
+
+
+@pytest.mark.parametrize("content", [[], ["readme.txt"], ["a/readme.txt", "b/"], ["a/", "b/"], ["fake.png"], ["only one"]])
+def test_a_folder_with_too_little(content, module, folder, tmp_path, capsys):
+    for name in content:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+        elif name == "only one":
+            picture(folder / "one.png")
+        else:
+            path.write_text("not an image")
+    assert tiny.run(module, flags(module.__name__, tmp_path / "run", "--dataset", folder)) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert str(folder) in error_line(err[-1]) and "at least 2" in err[-1]
+    assert len(err) == 1 + ("fake.png" in content)  # the broken one is named in a line of its own
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 11])
+def test_fewer_images_than_a_batch(n, folder, trains):
+    pictures(folder, n)
+    assert trains(folder).shape == (4, 8, 8, 3)
+
+
+def test_one_image_a_class(folder, trains):
+    for i in range(3):
+        picture(folder / f"class{i}" / "a.png", seed=i)
+    trains(folder)
+
+
+def test_flat_and_nested_folders_train(folder, trains, tmp_path):
+    pictures(folder, 12, mode="L")
+    assert trains(folder).shape == (4, 8, 8, 1)
+    shutil.rmtree(tmp_path / "out")
+    for name in ("a", "b"):
+        pictures(tmp_path / "nested" / name, 6)
+    assert trains(tmp_path / "nested").shape == (4, 8, 8, 3)
+    assert np.load(tmp_path / "out" / "samples.npz")["labels"].tolist() == [0, 1, 0, 1]
+
+
+def test_what_is_not_an_image_is_passed_by(module, folder, capsys):
+    pictures(folder, 5)
+    for name in ("notes.txt", ".DS_Store", "Thumbs.db", "labels.csv", "no_extension", "archive.zip"):
+        (folder / name).write_bytes(b"\x00\x01 not an image")
+    (folder / ".hidden").mkdir()
+    data = load(module, folder)
+    assert len(both(data)) == 5 and data.classes == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX", "empty", "notes/a.txt", "thumbnails/deeper/x.txt"])
+def test_a_stray_folder_beside_the_images_hides_none_of_them(stray, module, folder):
+    pictures(folder, 5)
+    path = folder / stray
+    if path.suffix:
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    else:
+        path.mkdir()
+    data = load(module, folder)
+    assert len(both(data)) == 5 and data.classes == 0
+
+
+def test_a_folder_without_images_is_no_class(module, folder):
+    for name in ("a", "c"):
+        pictures(folder / name, 5)
+    (folder / "b").mkdir()
+    data = load(module, folder)
+    assert data.classes == 2 and sorted(set(data.train_labels.tolist())) == [0, 1]
+
+
+def test_images_beside_classes_are_not_dropped_in_silence(module, folder, capsys):
+    """Both a flat folder and one of classes: whichever it is taken for, the rest is loaded, or spoken of, or refused."""
+    pictures(folder, 3)
+    pictures(folder / "a", 4)
+    pictures(folder / "b", 4)
+    try:
+        data = load(module, folder)
+    except SystemExit as e:
+        assert e.code == 2 and str(folder) in error_line(capsys.readouterr().err)
+    else:
+        assert len(both(data)) == 11 or capsys.readouterr().err.strip()
+
+
+def test_extensions_in_capitals_and_many_formats(module, folder):
+    for i, name in enumerate(("a.PNG", "b.Jpg", "c.jpeg", "d.bmp", "e.gif", "f.tif", "g.webp", "h.ppm", "i.tga", "j.JPEG")):
+        picture(folder / name, seed=i)
+    assert both(load(module, folder)).shape == (10, 3, 8, 8)
+
+
+def test_broken_images_are_counted_and_named(module, folder, capsys, trains):
+    pictures(folder, 10)
+    broken = ["002.png", "007.png", "cut.jpg", "zero.gif", "text.bmp"]
+    picture(folder / "cut.jpg", size=(64, 64))
+    for name in broken[:3]:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:len(content) // 2])
+    (folder / "zero.gif").write_bytes(b"")
+    (folder / "text.bmp").write_text("<html>")
+    data = load(module, folder)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(both(data)) == 8 and len(lines) == 1
+    assert "5 broken" in lines[0] and all(str(folder / name) in lines[0] for name in broken)
+    trains(folder)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "tga", "ico", "pcx", "sgi", "dds", "jp2"])
+def test_images_cut_or_garbled_anywhere(suffix, module, folder, capsys):
+    """Whatever a decoder raises: the image is skipped and counted, or it was whole enough to be read."""
+    pictures(folder, 2, size=(16, 16))
+    try:
+        picture(folder / f"whole.{suffix}", size=(16, 16))
+    except (OSError, ValueError, KeyError):
+        pytest.skip(f"this Pillow writes no {suffix}")
+    content, rng = (folder / f"whole.{suffix}").read_bytes(), random.Random(0)
+    total = 3
+    for i in range(30):
+        if i < 15:
+            spoilt = content[:len(content) * i // 15]
+        else:  # some bytes of the beginning, where the structure is
+            spoilt = bytearray(content)
+            for _ in range(3):
+                spoilt[rng.randrange(min(len(spoilt), 120))] = rng.randrange(256)
+        (folder / f"spoilt{i}.{suffix}").write_bytes(spoilt)
+        total += 1
+    data = load(module, folder)
+    err = capsys.readouterr().err
+    skipped = int(err.split("skipped ")[1].split()[0]) if "skipped " in err else 0
+    assert len(both(data)) + skipped == total and len(both(data)) >= 3
+    assert data.train.shape[1:] == (3, 16, 16)
+
+
+MODES = {  # file: (mode, a colour, what becomes of it in a folder of colour images)
+    "grey.png": ("L", 100, (100, 100, 100)),
+    "colour.png": ("RGB", (10, 20, 30), (10, 20, 30)),
+    "opaque.png": ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+    "transparent.png": ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+    "half.png": ("RGBA", (0, 100, 200, 128), (127, 177, 227)),
+    "grey_alpha.png": ("LA", (0, 128), (127, 127, 127)),
+    "cmyk.jpg": ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+    "cmyk.tif": ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    "one_bit.png": ("1", 1, (255, 255, 255)),
+    "one_bit_black.png": ("1", 0, (0, 0, 0)),
+    "deep.png": ("I;16", 0x80FF, (0x80, 0x80, 0x80)),
+    "deep_white.png": ("I;16", 0xFFFF, (255, 255, 255)),
+    "deep.tif": ("I;16", 0x4000, (0x40, 0x40, 0x40)),
+}
+
+
+def test_every_kind_of_pixel(module, folder, trains):
+    for name, (mode, colour, _) in MODES.items():
+        if mode == "I;16":
+            Image.fromarray(np.full((8, 8), colour, np.uint16)).save(folder / name)
+        else:
+            Image.new(mode, (8, 8), colour).save(folder / name)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 200, 100, 50])
+    palette.save(folder / "palette.png")
+    palette.save(folder / "palette.gif", transparency=1)
+    expected = {n: want for n, (_, _, want) in MODES.items()} | {"palette.png": (200, 100, 50), "palette.gif": (255, 255, 255)}
+    data = load(module, folder)
+    names, held = sorted(expected), torch.arange(len(expected)) % 10 == 1
+    images = torch.empty(len(names), 3, 8, 8, dtype=torch.uint8)
+    images[~held], images[held] = data.train, data.test
+    for name, image in zip(names, images, strict=True):
+        assert (image.int() - torch.tensor(expected[name])[:, None, None]).abs().max() <= 2, name
+    trains(folder)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "I;16"])
+def test_a_folder_of_grey_images_stays_grey(mode, module, folder):
+    pictures(folder, 4, mode=mode)
+    data = load(module, folder)
+    assert both(data).shape == (4, 1, 8, 8) and both(data).float().std() > 20  # not all black or white
+
+
+def test_mixed_sizes_are_brought_to_the_commonest(module, folder, trains):
+    for i, size in enumerate([(8, 8), (12, 10), (12, 10), (31, 9), (1, 1), (200, 3)]):
+        picture(folder / f"{i}.png", size=size, seed=i)
+    assert both(load(module, folder)).shape == (6, 3, 10, 12)
+    assert both(load(module, folder, 16)).shape == (6, 3, 16, 16)
+    trains(folder)
+
+
+def test_a_wide_image_is_cropped_at_its_centre_and_not_squeezed(module, folder):
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255  # white in the middle third
+    for i in range(2):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    assert both(load(module, folder, 8)).min() == 255
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (28, 28), (33, 49)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_image_sizes(size, mode, folder, trains):
+    pictures(folder, 3, size=size[::-1], mode=mode)
+    assert trains(folder, "--num-samples", 2).shape == (2, *size, len(mode) if mode == "RGB" else 1)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_image_size_asked_for(size, folder, trains):
+    pictures(folder, 3, size=(7, 5))
+    assert trains(folder, "--image-size", size, "--num-samples", 2).shape == (2, size, size, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ the last of a row
+
+
+def test_a_last_batch_of_one(module, tmp_path, monkeypatch):
+    """In evaluation, in sampling, and as the only image of a step."""
+    one_more = module.BATCH + 1
+    monkeypatch.setattr(module, "load_data", lambda *args: make_data(module, train=3, test=one_more, shape=(1, 4, 4)))
+    argv = flags(module.__name__, tmp_path / "run", "--batch-size", 1, "--num-samples", one_more, "--steps", 2)
+    assert tiny.run(module, argv) == 0
+    assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (one_more, 4, 4, 1)
+    assert all(math.isfinite(v) for line in metrics(tmp_path / "run") for v in line.values())
+
+
+def test_one_test_image(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_data", lambda *args: make_data(module, train=1, test=1))
+    assert tiny.run(module, flags(module.__name__, tmp_path / "run", "--num-samples", 1)) == 0
+    assert all(math.isfinite(v) for line in metrics(tmp_path / "run") for v in line.values())

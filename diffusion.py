@@ -507,6 +507,7 @@ import tarfile
 import time
 import urllib.request
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn, get_args, get_origin
@@ -518,8 +519,9 @@ from tqdm import tqdm
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-    "fashion_mnist": ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-                      "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"),
+    "fashion_mnist": ("https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+                      "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                      "https://fashion-mnist.s3.eu-central-1.amazonaws.com/"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
 SHA256 = {  # of the decompressed files, of the archive itself for cifar10
@@ -597,7 +599,9 @@ def load_folder(root, size):
     Image.init()
     found = {d: sorted(p for p in d.iterdir() if p.suffix.lower() in Image.EXTENSION and p.is_file())
              for d in (root, *sorted(d for d in root.iterdir() if d.is_dir()))}
-    folders = [root] if found[root] else [d for d in found if found[d]]
+    folders = [d for d in found if found[d]]
+    if len(folders) > 1 and found[root]:
+        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
     images, labels, broken = [], [], []
     for path, label in ((path, i) for i, d in enumerate(folders) for path in found[d]):
         try:
@@ -619,7 +623,7 @@ def load_folder(root, size):
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
     x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
-    return Data(x[~held], y[~held], x[held], y[held], 0 if folders == [root] else len(folders))
+    return Data(x[~held], y[~held], x[held], y[held], 0 if found[root] else len(folders))
 
 
 def load_data(name, data_dir, image_size=0) -> Data:
@@ -671,6 +675,8 @@ def parse_args(config_class, argv=None):
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name.replace('_', '-')} {value}: must be finite")
         bound = re.search(r"\((?:(>=?) ([\d.]+)|([\d.]+) to ([\d.]+))\)", comments[name])
         for v in (value if isinstance(value, tuple) else (value,)) if bound else ():
             sign, least, low, high = bound.groups()
@@ -717,20 +723,27 @@ def shuffle(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
+@contextmanager
+def writing(path):
+    try:
+        yield
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror or e}", 1)
+
+
 def write(path, save):
     """save(file) under a temporary name, flushed to disk, then renamed: at any moment path is whole, old or new."""
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
-    try:
+    with writing(path):
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror or e}", 1)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            with open(part, "wb") as f:
+                save(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def save_grid(images, path, columns):
@@ -865,11 +878,12 @@ class Run:
         if self.world > 1:
             average_gradients(model.parameters())
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
             bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {(bad or ['none'])[0]}; "
                  f"{self.path} is the last good checkpoint, a smaller --lr may help", 1)
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         return norm
@@ -892,7 +906,7 @@ class Run:
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as f:
+            with writing(self.out / "metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
 
     def curves(self):
@@ -914,8 +928,10 @@ def launch(main):
         main()
     except OSError as e:
         fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
-    except torch.OutOfMemoryError as e:
-        fail(f"out of memory, a smaller --batch-size or --width helps ({str(e).splitlines()[0]})", 1)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

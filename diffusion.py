@@ -77,7 +77,7 @@ class Config:
     times: Literal["auto", "uniform", "logit-normal"] = "auto"  # distribution of t in training
     patch: int = 0  # pixels a side folded into channels at the door; 0: 1 below 16 pixels, else 2 (>= 0)
     width: int = 32  # channels of the first level (> 0)
-    mults: tuple[int, ...] = (1, 3)  # channels of each level over --width; each level halves the image (> 0)
+    mults: tuple[int, ...] = (1, 2)  # channels of each level over --width; each level halves the image (> 0)
     blocks: int = 1  # residual blocks a level (> 0)
     n_head: int = 4  # attention heads at the lowest level, 0 for no attention (>= 0)
     dropout: float = 0.0  # dropout in residual blocks (0 to 1)

@@ -14,7 +14,7 @@ Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Ni
 
   python diffusion.py                                            # digits
   python diffusion.py --dataset mnist --minutes 10               # MNIST on two CPU cores
-  python diffusion.py --mode sample --dataset mnist --num-samples 1000 --guidance 1.5 --label 7
+  python diffusion.py --mode sample --dataset mnist --num-samples 1000 --guidance 2 --label 7
 One GPU, CIFAR-10 (not measured): --dataset cifar10 --patch 1 --width 128 --mults 1 2 2 2 --blocks 3 --dropout 0.1
   --batch-size 256 --lr 3e-4 --warmup 2000 --ema 0.05 --steps 200000 --device cuda --amp bf16 --compile
 Result: RESULT_LINE
@@ -22,7 +22,7 @@ Result: RESULT_LINE
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal
 
@@ -53,7 +53,7 @@ class Config:
     dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
     data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
-    steps: int | None = None  # optimizer steps, 4000 where --minutes is not given either (> 0)
+    steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 32  # images a step, over all processes (> 0)
     lr: float = 2e-3  # learning rate of Adam (> 0)
@@ -87,8 +87,8 @@ class Config:
     max_logsnr: float = 6.0  # log SNR at which the chain of latents ends and the decoder begins, in elbo (0 to 14)
     elbo_samples: int = 8  # time samples an image in elbo (> 0)
     sampler: Literal["ddim", "ddpm", "dpm++", "heun"] = "dpm++"  # update rule
-    sampling_steps: int = 20  # network evaluations a sample, two a label with guidance (> 0)
-    guidance: float = 1.0  # classifier-free guidance: 0 unconditional, 1 conditional, more is sharper (>= 0)
+    sampling_steps: int = 20  # network evaluations a sample; guidance other than 0 and 1 takes two at a time (> 0)
+    guidance: float = 1.5  # classifier-free guidance: 0 unconditional, 1 conditional, more is sharper (>= 0)
     label: int | None = None  # sample this class only, else all in turn (>= 0)
     inpaint: str | None = None  # fill in test images: left, right, top, bottom, or a mask image whose white is kept
     interpolate: bool = False  # write a grid of interpolations between test images
@@ -313,7 +313,8 @@ def sample(model, x, y, cfg, generator=None, t_start=None, fix=lambda x, t: x):
       heun   d = mean of x_hat(t) and x_hat(s)              tau = 0
     The last step goes to t = 0, where x_s = d: no noise is added. `fix(x, t)` may replace x after each step (inpainting).
     """
-    n = (cfg.sampling_steps + 1) // 2 if cfg.sampler == "heun" else cfg.sampling_steps
+    n = max(cfg.sampling_steps // (1 if y is None or cfg.guidance in (0, 1) else 2), 1)  # times at which x_hat is asked
+    n = (n + 1) // 2 if cfg.sampler == "heun" else n
     if t_start is None:
         t_start = time_of(MIN_LOGSNR, cfg).item()
         x = coefficients(torch.tensor(t_start), cfg)[1].item() * x
@@ -365,10 +366,10 @@ def decoder_log_prob(x, x_0, logsnr, histogram):
 
     x (B,C,H,W) in {0..255}; x_0 (B,C,H,W), the last latent divided by alpha; histogram (256,). Sums to 1 over the levels.
     """
-    prior = (histogram / histogram.sum()).log().to(x_0)
+    prior, value = (histogram / histogram.sum()).log().to(x_0), torch.arange(256).to(x_0) / 127.5 - 1
 
     def joint(level):
-        return prior[level] - 0.5 * math.exp(logsnr) * (x_0 - (level / 127.5 - 1)) ** 2
+        return prior[level] - 0.5 * math.exp(logsnr) * (x_0 - value[level]) ** 2
 
     return joint(x.long()) - reduce(torch.logaddexp, map(joint, range(256)))
 
@@ -453,7 +454,7 @@ def generate(ema, n, shape, classes, cfg, run):
     for y in labels.split(BATCH):
         run.check()
         noise = torch.randn(len(y), *shape, generator=generator).to(run.device)
-        images.append(to_uint8(sample(ema, noise, y.to(run.device), cfg, generator)))
+        images.append(to_uint8(sample(ema, noise, y.to(run.device) if classes else None, cfg, generator)))
     return torch.cat(images), labels
 
 
@@ -464,14 +465,14 @@ def to_uint8(x):
 def show_edits(ema, data, cfg, run):
     """inpaint.png: pairs of the given pixels and the completed image; interpolate.png: a row a pair of test images."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    x, y = data.test[:40].to(run.device) / 127.5 - 1, data.test_labels[:40].to(run.device)
+    x, y = data.test[:40].to(run.device) / 127.5 - 1, data.test_labels[:40].to(run.device) if data.classes else None
     if cfg.inpaint:
         mask = read_mask(cfg.inpaint, *x.shape[-2:]).to(x)
         pairs = torch.stack([x * mask - (1 - mask), inpaint(ema, x, mask, y, cfg, generator)], 1)
         save_grid(to_uint8(pairs.flatten(0, 1)), run.out / "inpaint.png", 10)
     if cfg.interpolate:
-        ends, no_label = x[:10], torch.full_like(y[:10], data.classes)
-        rows = interpolate(ema, ends, ends.roll(1, 0), no_label, cfg, generator)
+        unconditional = replace(cfg, guidance=0.0)
+        rows = interpolate(ema, x[:10], x[:10].roll(1, 0), y if y is None else y[:10], unconditional, generator)
         save_grid(to_uint8(rows.flatten(0, 1)), run.out / "interpolate.png", rows.shape[1])
 
 
@@ -943,7 +944,7 @@ def launch(main):
 def main(argv=None):
     cfg, given = parse_args(Config, argv)
     if cfg.steps is None and cfg.minutes is None:
-        cfg.steps = 4000
+        cfg.steps = 2000
     run = Run(choose(cfg), given, FREE)
     if cfg.mode != "sample" or cfg.inpaint or cfg.interpolate:
         data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)

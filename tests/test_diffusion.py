@@ -274,6 +274,26 @@ def test_guidance():
     assert_close(unguided, sample(net, x, none, cfg))
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
+def test_sampling_steps_count_network_evaluations(sampler, guidance):
+    calls = []
+
+    class Net:
+        classes = 10
+
+        def __call__(self, x_t, t, y):
+            calls.append(y)
+            return x_t
+
+    for steps in (1, 2, 7, 20):
+        calls.clear()
+        cfg = config(sampler=sampler, sampling_steps=steps, guidance=guidance)
+        sample(Net(), torch.zeros(2, 1, 2, 2), torch.tensor([1, 7]), cfg)
+        least = 2 if guidance == 1.5 else 1  # one step, whatever it takes
+        assert max(steps - 3, least) <= len(calls) <= max(steps, least)
+
+
 # ---- likelihood
 
 
@@ -437,7 +457,7 @@ def checkpoint(out):
     ["--predict", "x", "--loss", "eps", "--schedule", "cosine", "--times", "uniform"], ["--sampler", "heun"],
     ["--n-head", "0", "--dropout", "0.1"], ["--mults", "1", "--blocks", "2"], ["--patch", "2", "--mults", "1", "2", "2"],
     ["--guidance", "2", "--label", "3"], ["--inpaint", "top", "--interpolate"], ["--amp", "bf16"], ["--image-size", "11"],
-    ["--minutes", "0.02"], ["--kernels", "torch"], ["--warmup", "0"],
+    ["--minutes", "0.02"], ["--guidance", "1", "--sampler", "ddpm", "--log-every", "2"], ["--kernels", "torch"], ["--warmup", "0"],
 ], ids=" ".join)
 def test_every_option_runs(digits, tmp_path, flags):
     diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags])

@@ -1,17 +1,22 @@
 """What the tests of all scripts share: which scripts there are, a tiny run of each, and processes that start fast."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +115,21 @@ def metrics(out):
     return lines
 
 
+@functools.cache
+def cifar10_archive():
+    """An archive like that of CIFAR-10, and its 60,000 rows of a label and 3072 pixels: noise in a few images, else black."""
+    rng, rows, raw = np.random.RandomState(0), np.zeros((60_000, 3073), np.uint8), io.BytesIO()
+    rows[:, 0] = rng.randint(0, 10, len(rows))
+    rows[::5000, 1:] = rng.randint(0, 256, (12, 3072))
+    rows[49_999, 1:] = rng.randint(0, 256, 3072)
+    with tarfile.open(fileobj=raw, mode="w:gz", compresslevel=1) as archive:
+        for i, part in enumerate(np.split(rows, 6)):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{'test_batch' if i == 5 else f'data_batch_{i + 1}'}.bin")
+            info.size = part.size
+            archive.addfile(info, io.BytesIO(part.tobytes()))
+    return raw.getvalue(), rows
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -151,6 +171,16 @@ def run_script(name, argv, before=None):
     if before is not None:
         before(module)
     module.launch(lambda: module.main([str(a) for a in argv]))
+
+
+def run_file(path, argv):
+    """`python path argv`: the file as __main__, its folder and no other of ours on the path, no script imported before."""
+    path = Path(path)
+    sys.path[:] = [str(path.parent), *(p for p in sys.path if p and not Path(p).resolve().is_relative_to(ROOT))]
+    for name in [n for n in sys.modules if n.split(".")[0] in (*SCRIPTS, "kernels")]:
+        del sys.modules[name]
+    sys.argv = [str(path), *map(str, argv)]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 class Child:

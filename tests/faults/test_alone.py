@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny import ROOT, SCRIPTS, TINY, Child, flags, load_checkpoint
+from tiny import ROOT, SCRIPTS, TINY, Child, error_line, flags, load_checkpoint, run_file
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -29,15 +28,6 @@ def alone(tmp_path):
 def environment(**more):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | more
-
-
-def start(path, argv):
-    """`python path argv` in a process that has imported torch already: its folder, and no other of ours, on the path."""
-    sys.path[:] = [str(path.parent), *(p for p in sys.path if p and not Path(p).resolve().is_relative_to(ROOT))]
-    for name in [n for n in sys.modules if n.split(".")[0] in (*SCRIPTS, "kernels", "tiny")]:
-        del sys.modules[name]
-    sys.argv = [str(path), *argv]
-    runpy.run_path(str(path), run_name="__main__")
 
 
 @every_script
@@ -61,7 +51,7 @@ def test_from_another_folder(name, alone, tmp_path):
     """Started from elsewhere it writes there, and nothing beside the script."""
     path = alone(name)
     argv = [f for f in flags(name, "") if f not in ("--out", "")]
-    child = Child(tmp_path / "elsewhere", start, path, argv)
+    child = Child(tmp_path / "elsewhere", run_file, path, argv)
     assert child.join() == 0, child.stderr
     assert load_checkpoint(tmp_path / "elsewhere" / "runs" / f"{name}-digits")["step"] == 4
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -72,7 +62,7 @@ def test_by_another_name(name, alone, tmp_path):
     """The name of the file is the name of the run and of what its checkpoints say they belong to."""
     path = alone(name)
     path = path.rename(path.with_name("my_model.py"))
-    child = Child(tmp_path / "elsewhere", start, path, [f for f in flags(name, "") if f not in ("--out", "")])
+    child = Child(tmp_path / "elsewhere", run_file, path, [f for f in flags(name, "") if f not in ("--out", "")])
     assert child.join() == 0, child.stderr
     assert load_checkpoint(tmp_path / "elsewhere" / "runs" / "my_model-digits")["script"] == "my_model"
 
@@ -87,29 +77,36 @@ FAKES = {  # what PyPI's unrelated package of this name, or somebody's file, may
 }
 
 
+def run_beside(path, place, argv):
+    """The script with one more folder at the end of the path, where installed packages are."""
+    sys.path.append(str(place))
+    run_file(path, argv)
+
+
 @every_script
 @pytest.mark.parametrize("fake", FAKES)
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the script", "installed"])
 def test_another_package_named_kernels_does_no_harm(name, fake, beside, alone, tmp_path):
+    """It is imported, the kernels and the device are chosen; then the one thing that is wrong here is named."""
     path = alone(name)
     place = path.parent if beside else tmp_path / "site"
     for file, text in FAKES[fake].items():
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         (place / file).write_text(text)
-    child = Child(tmp_path / "elsewhere", start_with, path, place, [*flags(name, "run"), "--steps", "1", "--mode", "train"])
-    assert child.join() == 0, child.stderr
-    assert load_checkpoint(tmp_path / "elsewhere" / "run")["step"] == 1
-
-
-def start_with(path, place, argv):
-    sys.path.append(str(place))
-    start(path, argv)
+    whole = fake == "package"  # one of them is trained with
+    more = ["--steps", "1"] if whole else ["--dataset", "nowhere"]
+    child = Child(tmp_path / "elsewhere", run_beside, path, place, [*flags(name, "run"), *more])
+    assert child.join() == (0 if whole else 2), child.stderr
+    if whole:
+        assert load_checkpoint(tmp_path / "elsewhere" / "run")["step"] == 1
+    else:
+        assert "--dataset nowhere" in error_line(child.stderr)
 
 
 @every_script
 def test_triton_without_the_folder_is_refused(name, alone, tmp_path):
     path = alone(name)
-    child = Child(tmp_path / "elsewhere", start, path, [*flags(name, "run"), "--kernels", "triton"])
+    child = Child(tmp_path / "elsewhere", run_file, path, [*flags(name, "run"), "--kernels", "triton"])
     assert child.join() == 2
     assert re.fullmatch(r"error: --kernels triton: .*kernels/.*\n", child.stderr)
     assert not (tmp_path / "elsewhere" / "run").exists()
@@ -118,6 +115,6 @@ def test_triton_without_the_folder_is_refused(name, alone, tmp_path):
 @every_script
 def test_help_of_a_lone_copy(name, alone, tmp_path):
     path = alone(name)
-    child = Child(tmp_path / "elsewhere", start, path, ["--help"])
+    child = Child(tmp_path / "elsewhere", run_file, path, ["--help"])
     assert child.join() == 0 and child.stderr == ""
     assert all(f in child.stdout for f in TINY[name].split() if f.startswith("--"))

@@ -1,6 +1,7 @@
 """The mathematics of diffusion.py: every function against a closed form, an oracle or a formula written out another way."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 import diffusion
 from diffusion import Config, UNet, choose, coefficients, denoise, elbo, q_sample, sample, time_of
+from tools.evaluate import evaluate
 
 SCHEDULES, TARGETS = list(diffusion.SCHEDULES), list(diffusion.TARGETS)
 
@@ -457,7 +459,8 @@ def checkpoint(out):
     ["--predict", "x", "--loss", "eps", "--schedule", "cosine", "--times", "uniform"], ["--sampler", "heun"],
     ["--n-head", "0", "--dropout", "0.1"], ["--mults", "1", "--blocks", "2"], ["--patch", "2", "--mults", "1", "2", "2"],
     ["--guidance", "2", "--label", "3"], ["--inpaint", "top", "--interpolate"], ["--amp", "bf16"], ["--image-size", "11"],
-    ["--minutes", "0.02"], ["--guidance", "1", "--sampler", "ddpm", "--log-every", "2"], ["--kernels", "torch"], ["--warmup", "0"],
+    ["--minutes", "0.02"], ["--guidance", "1", "--sampler", "ddpm", "--log-every", "2"],
+    ["--kernels", "torch"], ["--warmup", "0"],
 ], ids=" ".join)
 def test_every_option_runs(digits, tmp_path, flags):
     diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags])
@@ -528,14 +531,10 @@ def test_config_fields_are_all_read():
 
 def test_short_training_on_digits(tmp_path):
     """600 steps on the real digits: the bound on all 297 test images, and the distance of as many samples."""
-    import json
-
-    from tools.evaluate import evaluate
-
     diffusion.main(["--steps", "600", "--num-samples", "297", "--out", str(tmp_path / "run")])
     final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     samples = np.load(tmp_path / "run" / "samples.npz")
     quality = evaluate(samples["images"], "digits", labels=samples["labels"])
-    assert final["final"] and final["test_bpd"] < 9.9, final
-    assert quality["frechet"] < 9.9, quality  # the floor is 0.69
-    assert quality["label_accuracy"] > 0.99, quality
+    assert final["final"] and final["test_bpd"] < 2.2, final
+    assert quality["frechet"] < 1.5, quality  # the floor is 0.69
+    assert quality["label_accuracy"] > 0.95, quality

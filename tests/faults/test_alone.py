@@ -113,6 +113,18 @@ def test_triton_without_the_folder_is_refused(name, alone, tmp_path):
 
 
 @every_script
+@pytest.mark.parametrize("fake", ["package", "module"])
+def test_triton_with_nothing_but_another_package_is_refused(name, fake, alone, tmp_path):
+    path = alone(name)
+    for file, text in FAKES[fake].items():
+        (path.parent / file).parent.mkdir(exist_ok=True)
+        (path.parent / file).write_text(text)
+    child = Child(tmp_path / "elsewhere", run_file, path, [*flags(name, "run"), "--kernels", "triton"])
+    assert child.join() == 2
+    assert "kernels/" in error_line(child.stderr)
+
+
+@every_script
 def test_help_of_a_lone_copy(name, alone, tmp_path):
     path = alone(name)
     child = Child(tmp_path / "elsewhere", run_file, path, ["--help"])

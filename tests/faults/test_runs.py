@@ -233,6 +233,8 @@ def test_saving_sampling_and_logging_change_nothing(more, straight, go, tmp_path
     assert go(tmp_path / "run", *more) == 0
     assert_same_state(load_checkpoint(straight()), load_checkpoint(tmp_path / "run"), [more[0][2:].replace("-", "_")])
     assert metrics(straight())[-1] == metrics(tmp_path / "run")[-1]
+    with np.load(straight() / "samples.npz") as a, np.load(tmp_path / "run" / "samples.npz") as b:
+        assert np.array_equal(a["images"], b["images"]) or more[0] == "--num-samples"
 
 
 def test_sampling_alone_repeats_the_samples_of_the_run(straight, go, tmp_path):

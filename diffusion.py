@@ -509,7 +509,7 @@ import tarfile
 import time
 import urllib.request
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn, get_args, get_origin
@@ -587,7 +587,8 @@ def fetch(name, file, data_dir):
         except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as e:
             tried.append(f"{source} ({e or type(e).__name__})")
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
     fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put the file there, or use --dataset digits, "
          "which needs no network", 1)
 

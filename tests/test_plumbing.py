@@ -2,12 +2,10 @@
 
 import ast
 import dataclasses
-import functools
 import gzip
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import itertools
 import json
 import os
@@ -39,8 +37,7 @@ def module(request):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The source of a Config is read once, not once a command line."""
-    monkeypatch.setattr("inspect.getsource", functools.cache(inspect.getsource))
+    monkeypatch.setattr("inspect.getsource", tiny.getsource)
 
 
 @pytest.fixture(autouse=True)

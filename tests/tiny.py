@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+getsource = functools.cache(inspect.getsource)  # what a command line is built from, read once, not once a run
 TINY = {  # the flags of a model so small that a run of four steps takes a moment; a new script adds its own here
     "diffusion": "--width 8 --mults 1 2 --blocks 1 --n-head 2 --sampling-steps 2 --elbo-samples 1",
 }

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import inspect
 import io
 import itertools
 import math
@@ -37,8 +36,8 @@ def module(request):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
-    """The source of a Config is read once; no curves are drawn; stop signals are the test's own business."""
-    monkeypatch.setattr("inspect.getsource", functools.cache(inspect.getsource))
+    """No curves are drawn, and the handlers of stop signals are gone afterwards."""
+    monkeypatch.setattr("inspect.getsource", tiny.getsource)
     if "module" in request.fixturenames:
         monkeypatch.setattr(request.getfixturevalue("module").Run, "curves", lambda self: None)
     with tiny.handlers_kept():
@@ -162,8 +161,7 @@ def test_some_steps_and_some_more_are_all_the_steps(before, straight, go, tmp_pa
     assert_same_run(straight(), tmp_path / "run")
 
 
-@SIGNALS
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("number, code, step", [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 3)])
 def test_stopped_in_a_step_and_resumed_is_all_the_steps(number, code, step, straight, go, tmp_path, at_step, capsys,
                                                         monkeypatch, module):
     saves, save = [], module.Run.save
@@ -206,7 +204,7 @@ def test_stopped_in_evaluation_or_sampling(number, code, function, straight, go,
     assert_same_run(straight(), tmp_path / "run")
 
 
-@SIGNALS
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143)])
 def test_stopped_while_a_grid_of_samples_is_made_in_the_loop(number, code, straight, go, tmp_path, at_check, monkeypatch,
                                                              module):
     at_check("generate", 1, lambda: signal.raise_signal(number))
@@ -379,8 +377,8 @@ def quickly(module):
 def test_killed_at_random_moments(straight, go, tmp_path, module):
     """Again and again, saving after each step: never a broken checkpoint nor a step back, at the end the same numbers."""
     name, out, rng, last = module.__name__, tmp_path / "run", random.Random(0), 0
-    path, argv = out / "checkpoint.pt", flags(name, out, "--steps", 24, "--save-every", 1)
-    for trial in range(6):
+    path, argv = out / "checkpoint.pt", flags(name, out, "--steps", 16, "--save-every", 1)
+    for trial in range(5):
         more = ["--resume"] if path.exists() else ["--overwrite"]
         before = path.stat().st_mtime_ns if path.exists() else 0
         child = Child(tmp_path / f"child{trial}", tiny.run_script, name, [*argv, *more], quickly)
@@ -395,15 +393,15 @@ def test_killed_at_random_moments(straight, go, tmp_path, module):
             assert step >= last
             last = step
     assert last > 0
-    assert go(out, "--steps", 24, "--save-every", 1, "--resume") == 0
+    assert go(out, "--steps", 16, "--save-every", 1, "--resume") == 0
     for part in out.rglob("*.part"):
         part.unlink()
-    whole = straight("--steps", 24, "--save-every", 1)
+    whole = straight("--steps", 16, "--save-every", 1)
     assert_same_state(load_checkpoint(whole), load_checkpoint(out))
     assert metrics(whole) == metrics(out)
 
 
-@pytest.mark.parametrize("tail", ['{"step": 3, "sec', '{"step": 3, "seconds": 0.1, "loss": 1.0', "\0\0\0\0", "{", '"'])
+@pytest.mark.parametrize("tail", ['{"step": 3, "seconds": 0.1, "loss": 1.0', "\0\0\0\0", "{"])
 def test_a_half_written_line_of_the_log(tail, straight, go, tmp_path, at_step, monkeypatch, module):
     """What a power cut or a full disk leaves at the end of metrics.jsonl: the line is dropped, the run goes on."""
     at_step(2, lambda run: signal.raise_signal(signal.SIGTERM))

@@ -1,0 +1,127 @@
+"""Fused Triton kernels for the scripts beside this folder. One file a family; `kernels.mode` says what runs.
+
+  mode "auto"    Triton where there is a CUDA (or ROCm) device and the call is worth a launch, plain PyTorch otherwise
+  mode "torch"   plain PyTorch, always
+  mode "triton"  Triton, or RuntimeError with the reason; with TRITON_INTERPRET=1 set beforehand also on CPU tensors
+
+It starts from the environment variable M2_KERNELS and is set by the scripts' --kernels. `report()` says in one line an
+operation what would run here and why, and what has fallen back. Importing this needs neither triton nor a GPU.
+"""
+
+import collections
+import contextlib
+import os
+from typing import NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # macOS, Windows, or not installed: the kernels below are then plain functions that nothing calls
+    triton = None
+
+    class tl:
+        constexpr = None
+
+    def jit(fn):
+        return fn
+
+
+INTERPRETING = triton is not None and triton.knobs.runtime.interpret  # decided when the kernels are defined
+MODES = ("auto", "torch", "triton")
+OPS = {  # operation: its file
+    "group_norm_silu": "group_norm",
+    "attention": "attention",
+    "decode_attention": "attention",
+    "masked_conv2d": "masked_conv",
+    "gated_masked_conv2d": "masked_conv",
+    "affine_coupling": "coupling",
+    "spline_coupling": "coupling",
+    "nearest_code": "vector_quantize",
+    "logistic_mixture": "logistic_mixture",
+    "bias_act": "bias_act",
+}
+mode = os.environ.get("M2_KERNELS", "auto")
+fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: how often auto fell back for it
+
+
+@torch.compiler.assume_constant_result
+def available(device=None):
+    """(whether Triton kernels can run on a device, by default the first CUDA device; the reason in words)."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if triton is None:
+        return False, "triton is not installed"
+    if INTERPRETING:
+        return device.type == "cpu", f"interpreted on the CPU, triton {triton.__version__}"
+    if device.type != "cuda":
+        return False, f"no CUDA device: tensors on {device.type}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        return False, f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
+    return True, f"triton {triton.__version__} on {name}"
+
+
+def use_triton(op, x, supported=(True, ""), least=0, elementwise=False):
+    """Whether op is to run its Triton kernels on x: the choice of `mode`, and of size and compiler where that is "auto".
+
+    supported: (bool, reason), what the operation's own supports() said of the arguments. least: number of elements of x
+    below which a launch is not worth it. elementwise: the compiler fuses such an operation better itself.
+    Raises ValueError for an unknown mode, RuntimeError where the mode is "triton" and it cannot run.
+    """
+    if mode not in MODES:
+        raise ValueError(f"kernels.mode {mode!r}: must be one of {', '.join(MODES)}")
+    if mode == "torch":
+        return False
+    ok, reason = available(x.device)
+    ok, reason = supported if ok and not supported[0] else (ok, reason)
+    if mode == "triton":
+        if not ok:
+            raise RuntimeError(f"{op}: kernels.mode is 'triton', but {reason}")
+        return x.numel() > 0
+    if ok and (INTERPRETING or x.numel() < least):
+        ok, reason = False, "the interpreter is for tests" if INTERPRETING else f"fewer than {least} elements"
+    if elementwise and torch.compiler.is_compiling():
+        return False
+    if not ok and not torch.compiler.is_compiling():
+        fallbacks[op][reason] += 1
+    return ok
+
+
+def report():
+    """One line an operation: what would run here, and why; what has fallen back so far."""
+    ok, reason = available()
+    if mode == "torch":
+        ok, reason = False, "kernels.mode is 'torch'"
+    elif mode == "auto" and ok and INTERPRETING:
+        ok, reason = False, "the interpreter is for tests"
+    lines = []
+    for op, file in OPS.items():
+        fell = ", ".join(f"{n} x {why}" for why, n in fallbacks[op].items())
+        runs = "triton" if ok else "error " if mode == "triton" else "torch "
+        lines.append(f"{op:20} {runs}  {reason} (kernels/{file}.py)" + f"; fell back {fell}" * bool(fell))
+    return "\n".join(lines)
+
+
+def launching(x):
+    """A context in which kernels start on the device of x, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def accumulator(x):
+    """The type in which a kernel computes: float64 for float64 (gradcheck), else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Spec(NamedTuple):
+    """One way to compile a kernel ahead of time, and what must be true of the result."""
+
+    kernel: str  # name of the kernel in its file
+    name: str  # what this variant is
+    args: dict  # argument: triton type ("*bf16", "i32", ...; 16-aligned) or the value of a constant
+    num_warps: int = 4
+    num_stages: int = 3
+    registers: int = 255  # at most, a thread, on NVIDIA
+    vector: bool = True  # loads of at least 8 bytes a thread must be there
+    matrix: bool = False  # matrix instructions must be there

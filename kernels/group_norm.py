@@ -1,0 +1,361 @@
+"""Group normalisation, with SiLU behind it or not, forward and backward (Wu and He 2018).
+
+    y = act(x_hat * weight_c + bias_c),  x_hat = (x - mean) * rstd,  mean and variance over the C/groups channels and all
+    positions of a group;  act(z) = z * sigmoid(z) or z.
+
+x (B, C, *) contiguous, or (B, C, H, W) in channels_last; weight, bias (C,). y has the type and the layout of x.
+
+Least bytes, n = bytes of x: forward 2n (x in, y out), backward 3n (x and dy in, dx out), where one program can hold a
+whole group, which is up to 8,192 elements with its sides rounded up to powers of two. A larger group is split over
+several programs, so that few groups still fill the device, and each pass over it reads again: 3n and 5n. Beside that
+only statistics move, a few numbers a group and channel. x is all that is saved for the backward pass: z is recomputed.
+
+When not: on the CPU, and under torch.compile where neighbours could be fused into one plain pass.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import Spec, accumulator, jit, launching, tl, triton, use_triton
+
+TILE = 8192  # elements that a program holds at once
+
+
+def group_norm_silu_reference(x, groups, weight, bias, eps=1e-5, silu=True):
+    g = x.reshape(len(x), groups, -1)
+    mean, var = g.mean(2, keepdim=True), g.var(2, correction=0, keepdim=True)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    z = ((g - mean) / (var + eps).sqrt()).view(x.shape) * weight.view(shape) + bias.view(shape)
+    return z * torch.sigmoid(z) if silu else z
+
+
+def group_norm_silu_torch(x, groups, weight, bias, eps=1e-5, silu=True):
+    """The fastest plain form: PyTorch's own group norm, then its SiLU."""
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+# ---- kernels: a tile is BLOCK_C channels by BLOCK_P positions of one image; only one of its two strides is not 1
+
+
+@jit
+def _tile(c0, p0, c_end, P, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The tile that starts at channel c0 and position p0: its channels, its offsets in the image, its mask."""
+    c, p = c0 + tl.arange(0, BLOCK_C), p0 + tl.arange(0, BLOCK_P)
+    offsets = c[:, None].to(tl.int64) * stride_c + p[None, :].to(tl.int64) * stride_p  # [BLOCK_C, BLOCK_P]
+    return c, offsets, (c[:, None] < c_end) & (p[None, :] < P)
+
+
+@jit
+def _grad_z(x_hat, dy, w, b, SILU: tl.constexpr):
+    """dy taken back through the activation. x_hat, dy [BLOCK_C, BLOCK_P], w, b [BLOCK_C]."""
+    if SILU:
+        z = x_hat * w[:, None] + b[:, None]
+        s = 1 / (1 + tl.exp(-z))
+        dy = dy * s * (1 + z * (1 - s))
+    return dy
+
+
+@jit
+def _group_fwd_kernel(X, W, Bias, Y, Mean, Rstd, C, P, stride_c, stride_p, groups, eps,
+                      SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A program a group: one read, one write."""
+    pid = tl.program_id(0)
+    image, size = (pid // groups).to(tl.int64) * C * P, C // groups
+    first = pid % groups * size
+    c, offsets, mask = _tile(first, 0, first + size, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
+    x = tl.load(X + image + offsets, mask=mask, other=0.0).to(ACC)
+    w = tl.load(W + c, mask=c < first + size, other=0.0).to(ACC)
+    b = tl.load(Bias + c, mask=c < first + size, other=0.0).to(ACC)
+    n = (size * P).to(ACC)
+    mean = tl.sum(tl.sum(x, 1), 0) / n
+    d = tl.where(mask, x - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(tl.sum(d * d, 1), 0) / n + eps)
+    z = d * rstd * w[:, None] + b[:, None]
+    if SILU:
+        z = z / (1 + tl.exp(-z))
+    tl.store(Y + image + offsets, z.to(Y.dtype.element_ty), mask=mask)
+    tl.store(Mean + pid, mean)
+    tl.store(Rstd + pid, rstd)
+
+
+@jit
+def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, stride_p, groups,
+                      SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A program a group: x and dy read once, dx written; DW and DB (B, C) are this image's share."""
+    pid = tl.program_id(0)
+    row, size = (pid // groups).to(tl.int64) * C, C // groups
+    first = pid % groups * size
+    c, offsets, mask = _tile(first, 0, first + size, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
+    x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
+    dy = tl.load(DY + row * P + offsets, mask=mask, other=0.0).to(ACC)
+    w = tl.load(W + c, mask=c < first + size, other=0.0).to(ACC)
+    b = tl.load(Bias + c, mask=c < first + size, other=0.0).to(ACC)
+    rstd = tl.load(Rstd + pid)
+    x_hat = (x - tl.load(Mean + pid)) * rstd
+    dz = _grad_z(x_hat, dy, w, b, SILU)  # 0 outside the mask, where dy is 0
+    dw, db = tl.sum(dz * x_hat, 1), tl.sum(dz, 1)  # [BLOCK_C]
+    n = (size * P).to(ACC)
+    dx = rstd * (dz * w[:, None] - tl.sum(db * w, 0) / n - x_hat * (tl.sum(dw * w, 0) / n))
+    tl.store(DX + row * P + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+    tl.store(DW + row + c, dw, mask=c < first + size)
+    tl.store(DB + row + c, db, mask=c < first + size)
+
+
+@jit
+def _split(C, P, splits, BLOCK_C: tl.constexpr):
+    """What a program of the split kernels has: the first channel of its image's row, its first channel, its chunk's number."""
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
+    return (pid // splits // blocks).to(tl.int64) * C, pid // splits % blocks * BLOCK_C, pid % splits
+
+
+@jit
+def _split_moments_kernel(X, Means, M2s, C, P, stride_c, stride_p, splits, chunk,
+                          ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Mean and sum of squared deviations of every channel over every chunk of positions, (B, C, splits), by Chan's rule."""
+    row, c0, split = _split(C, P, splits, BLOCK_C)
+    end = tl.minimum((split + 1) * chunk, P)
+    mean, m2 = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
+    for p0 in range(split * chunk, end, BLOCK_P):
+        c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
+        x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
+        seen, new = (p0 - split * chunk).to(ACC), tl.minimum(end - p0, BLOCK_P).to(ACC)
+        tile_mean = tl.sum(x, 1) / new
+        d = tl.where(mask, x - tile_mean[:, None], 0.0)
+        delta = tile_mean - mean
+        mean += delta * (new / (seen + new))
+        m2 += tl.sum(d * d, 1) + delta * delta * (seen * new / (seen + new))
+    c = c0 + tl.arange(0, BLOCK_C)
+    tl.store(Means + (row + c) * splits + split, mean, mask=c < C)
+    tl.store(M2s + (row + c) * splits + split, m2, mask=c < C)
+
+
+@jit
+def _split_combine_kernel(Means, M2s, Mean, Rstd, C, P, groups, splits, chunk, eps, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """A program a group: its mean and 1 / standard deviation, from those of its channels' chunks."""
+    pid = tl.program_id(0)
+    size = C // groups
+    start, n = pid.to(tl.int64) * size * splits, (size * P).to(ACC)
+    mean, m2 = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    for i0 in range(0, size * splits, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        count = tl.where(i < size * splits, tl.minimum(P - i % splits * chunk, chunk), 0).to(ACC)
+        mean += count * tl.load(Means + start + i, mask=i < size * splits, other=0.0) / n
+    total = tl.sum(mean, 0)
+    for i0 in range(0, size * splits, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        count = tl.where(i < size * splits, tl.minimum(P - i % splits * chunk, chunk), 0).to(ACC)
+        d = tl.load(Means + start + i, mask=i < size * splits, other=0.0) - total
+        m2 += tl.load(M2s + start + i, mask=i < size * splits, other=0.0) + count * d * d
+    tl.store(Mean + pid, total)
+    tl.store(Rstd + pid, 1 / tl.sqrt(tl.sum(m2, 0) / n + eps))
+
+
+@jit
+def _split_fwd_kernel(X, W, Bias, Mean, Rstd, Y, C, P, stride_c, stride_p, groups, splits, chunk,
+                      SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    row, c0, split = _split(C, P, splits, BLOCK_C)
+    end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
+    group = row // C * groups + c // (C // groups)
+    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
+    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    for p0 in range(split * chunk, end, BLOCK_P):
+        c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
+        x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
+        z = (x - mean[:, None]) * (rstd * w)[:, None] + b[:, None]
+        if SILU:
+            z = z / (1 + tl.exp(-z))
+        tl.store(Y + row * P + offsets, z.to(Y.dtype.element_ty), mask=mask)
+
+
+@jit
+def _split_sums_kernel(X, DY, W, Bias, Mean, Rstd, DWs, DBs, C, P, stride_c, stride_p, groups, splits, chunk,
+                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Sums of dz * x_hat and of dz over every chunk of positions of every channel, (B, C, splits)."""
+    row, c0, split = _split(C, P, splits, BLOCK_C)
+    end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
+    group = row // C * groups + c // (C // groups)
+    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
+    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    dw, db = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
+    for p0 in range(split * chunk, end, BLOCK_P):
+        c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
+        x_hat = (tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
+        dz = _grad_z(x_hat, tl.load(DY + row * P + offsets, mask=mask, other=0.0).to(ACC), w, b, SILU)
+        dw += tl.sum(dz * x_hat, 1)
+        db += tl.sum(dz, 1)
+    c = c0 + tl.arange(0, BLOCK_C)
+    tl.store(DWs + (row + c) * splits + split, dw, mask=c < C)
+    tl.store(DBs + (row + c) * splits + split, db, mask=c < C)
+
+
+@jit
+def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, stride_c, stride_p, groups, splits, chunk,
+                      SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """dx, from the group's means of w dz x_hat and w dz, (B, groups)."""
+    row, c0, split = _split(C, P, splits, BLOCK_C)
+    end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
+    group = row // C * groups + c // (C // groups)
+    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
+    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    dw, db = tl.load(GroupDW + group, mask=c < C, other=0.0), tl.load(GroupDB + group, mask=c < C, other=0.0)
+    for p0 in range(split * chunk, end, BLOCK_P):
+        c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
+        x_hat = (tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
+        dz = _grad_z(x_hat, tl.load(DY + row * P + offsets, mask=mask, other=0.0).to(ACC), w, b, SILU)
+        dx = rstd[:, None] * (dz * w[:, None] - db[:, None] - x_hat * dw[:, None])
+        tl.store(DX + row * P + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+# ---- operators
+
+
+def _dense(x):
+    """x itself where it is contiguous or channels_last, else a contiguous copy; and whether it is channels_last."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return (x, True) if last else (x.contiguous(), False)
+
+
+def _layout(x, groups):
+    """Sizes and strides for the kernels; blocks of the whole-group kernels, or None; blocks of the split ones."""
+    x, last = _dense(x)
+    C, P = x.shape[1], x[0, 0].numel()
+    strides = (1, C) if last else (P, 1)
+    whole = triton.next_power_of_2(C // groups), triton.next_power_of_2(P)
+    if last:
+        block_c = min(triton.next_power_of_2(C), 128)
+        block_p = TILE // 2 // block_c
+    else:
+        block_p = min(triton.next_power_of_2(P), TILE // 2)
+        block_c = min(triton.next_power_of_2(C), TILE // 2 // block_p)
+    chunk = 8 * block_p  # so that the partial sums of a chunk are a small share of what was read for them
+    splits = triton.cdiv(P, chunk)
+    return x, (C, P, *strides), whole if whole[0] * whole[1] <= TILE else None, (block_c, block_p), chunk, splits
+
+
+def _num_warps(blocks):
+    return min(max(blocks[0] * blocks[1] // 512, 1), 16)
+
+
+def _constants(x, blocks, **silu):
+    acc = tl.float64 if accumulator(x) == torch.float64 else tl.float32
+    return {"ACC": acc, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1], "num_warps": _num_warps(blocks)} | silu
+
+
+@torch.library.custom_op("m2::group_norm_fwd", mutates_args=())
+def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+         silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, sizes, whole, blocks, chunk, splits = _layout(x, groups)
+    weight, bias, B, C, acc = weight.contiguous(), bias.contiguous(), x.shape[0], x.shape[1], accumulator(x)
+    y, mean, rstd = torch.empty_like(x), x.new_empty(B, groups, dtype=acc), x.new_empty(B, groups, dtype=acc)
+    with launching(x):
+        if whole:
+            _group_fwd_kernel[(B * groups,)](x, weight, bias, y, mean, rstd, *sizes, groups, eps, **_constants(x, whole, SILU=silu))
+        else:
+            constants = _constants(x, blocks)
+            grid = (B * triton.cdiv(C, blocks[0]) * splits,)
+            means, m2s = x.new_empty(B, C, splits, dtype=acc), x.new_empty(B, C, splits, dtype=acc)
+            _split_moments_kernel[grid](x, means, m2s, *sizes, splits, chunk, **constants)
+            _split_combine_kernel[(B * groups,)](means, m2s, mean, rstd, *sizes[:2], groups, splits, chunk, eps,
+                                                 ACC=constants["ACC"], BLOCK=1024)
+            _split_fwd_kernel[grid](x, weight, bias, mean, rstd, y, *sizes, groups, splits, chunk, SILU=silu, **constants)
+    return y, mean, rstd
+
+
+@_fwd.register_fake
+def _(x, groups, weight, bias, eps, silu):
+    stats = x.new_empty(x.shape[0], groups, dtype=accumulator(x))
+    return torch.empty_like(_dense(x)[0]), stats, torch.empty_like(stats)
+
+
+@torch.library.custom_op("m2::group_norm_bwd", mutates_args=())
+def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
+         rstd: torch.Tensor, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, sizes, whole, blocks, chunk, splits = _layout(x, groups)
+    dy = dy.contiguous(memory_format=torch.channels_last if _dense(x)[1] else torch.contiguous_format)
+    weight, bias, B, C, acc = weight.contiguous(), bias.contiguous(), x.shape[0], x.shape[1], accumulator(x)
+    dx = torch.empty_like(x)
+    with launching(x):
+        if whole:
+            dw, db = x.new_empty(B, C, dtype=acc), x.new_empty(B, C, dtype=acc)
+            _group_bwd_kernel[(B * groups,)](x, dy, weight, bias, mean, rstd, dx, dw, db, *sizes, groups,
+                                             **_constants(x, whole, SILU=silu))
+        else:
+            constants = _constants(x, blocks, SILU=silu)
+            grid = (B * triton.cdiv(C, blocks[0]) * splits,)
+            sums = x.new_empty(2, B, C, splits, dtype=acc)
+            _split_sums_kernel[grid](x, dy, weight, bias, mean, rstd, *sums, *sizes, groups, splits, chunk, **constants)
+            dw, db = sums = sums.sum(3)  # (2, B, C)
+            means = (sums * weight.to(acc)).unflatten(2, (groups, -1)).sum(3) / (C // groups * sizes[1])
+            _split_bwd_kernel[grid](x, dy, weight, bias, mean, rstd, *means, dx, *sizes, groups, splits, chunk, **constants)
+    return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype)
+
+
+@_bwd.register_fake
+def _(dy, x, groups, weight, bias, mean, rstd, silu):
+    return torch.empty_like(_dense(x)[0]), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx, inputs, output):
+    x, ctx.groups, weight, bias, _, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _backward(ctx, dy, dmean, drstd):
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    dx, dw, db = _bwd(dy, x, ctx.groups, weight, bias, mean, rstd, ctx.silu)
+    return dx, None, dw, db, None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def supports(x, groups, weight, bias):
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return False, f"x is {x.dtype}"
+    if not weight.device == bias.device == x.device:
+        return False, f"x is on {x.device}, weight on {weight.device}, bias on {bias.device}"
+    return True, ""
+
+
+def group_norm_silu(x, groups, weight, bias, eps=1e-5, silu=True):
+    """SiLU of the group norm of x; group_norm without SiLU. x (B, C, *) floating -> the same shape, type and layout.
+
+    groups divides C; weight, bias (C,). Differentiable once in x, weight and bias. Raises ValueError for shapes that do
+    not fit, and what use_triton raises.
+    """
+    if x.dim() < 2 or groups < 1 or x.shape[1] % groups or not weight.shape == bias.shape == x.shape[1:2]:
+        raise ValueError(f"group_norm_silu: {groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} "
+                         f"do not fit x {tuple(x.shape)}")
+    if use_triton("group_norm_silu", x, supports(x, groups, weight, bias), least=1 << 16):
+        return _fwd(x, groups, weight, bias, eps, silu)[0]
+    return group_norm_silu_torch(x, groups, weight, bias, eps, silu)
+
+
+def group_norm(x, groups, weight, bias, eps=1e-5):
+    return group_norm_silu(x, groups, weight, bias, eps, silu=False)
+
+
+def _spec(kernel, dtype, values, statistics, blocks, registers, channels_last=False):
+    strides = {"stride_c": 1, "stride_p": "i32:16"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
+    args = dict.fromkeys(values, f"*{dtype}") | dict.fromkeys(statistics, "*fp32") | strides
+    args |= {"C": "i32:16", "P": "i32:16", "groups": "i32", "splits": "i32", "chunk": "i32:16", "eps": "fp32"}
+    args |= {"SILU": True, "ACC": tl.float32, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1]}
+    name = f"{dtype}, {'channels_last' if channels_last else 'contiguous'}, {blocks[0]} channels by {blocks[1]}"
+    return Spec(kernel, name, args, num_warps=_num_warps(blocks), registers=registers)
+
+
+_STATS = ("W", "Bias", "Mean", "Rstd")
+AOT_SPECS = [] if triton is None else [
+    *(spec for t in ("fp32", "bf16") for spec in (
+        _spec("_group_fwd_kernel", t, ("X", "Y"), _STATS, (8, 1024), 80),
+        _spec("_group_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "DW", "DB"), (8, 1024), 96),
+        _spec("_split_moments_kernel", t, ("X",), ("Means", "M2s"), (128, 32), 96, True),
+        _spec("_split_fwd_kernel", t, ("X", "Y"), _STATS, (128, 32), 96, True),
+        _spec("_split_sums_kernel", t, ("X", "DY"), (*_STATS, "DWs", "DBs"), (128, 32), 128, True),
+        _spec("_split_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "GroupDW", "GroupDB"), (128, 32), 128, True),
+    )),
+    Spec("_split_combine_kernel", "fp32", dict.fromkeys(("Means", "M2s", "Mean", "Rstd"), "*fp32")
+         | dict.fromkeys(("C", "P", "groups", "chunk"), "i32") | {"splits": "i32:16", "eps": "fp32", "ACC": tl.float32, "BLOCK": 1024},
+         registers=64),
+]

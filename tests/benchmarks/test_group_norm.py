@@ -1,0 +1,29 @@
+"""group_norm_silu at diffusion.py's shapes and two larger ones: pytest tests/benchmarks/test_group_norm.py --benchmark-only."""
+
+import pytest
+import torch
+from bench import DEVICE, IMPLS, PASSES, run
+
+from kernels.group_norm import group_norm_silu, group_norm_silu_reference, group_norm_silu_torch
+
+CASES = {  # name: (shape of x, groups)
+    "diffusion, mnist, level 1": ((32, 32, 14, 14), 8),
+    "diffusion, mnist, level 2": ((32, 64, 7, 7), 8),
+    "64x128x32x32": ((64, 128, 32, 32), 8),
+    "8x256x64x64": ((8, 256, 64, 64), 32),
+}
+FORMS = {"reference": group_norm_silu_reference, "plain": group_norm_silu_torch, "triton": group_norm_silu}
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_group_norm_silu(benchmark, case, dtype, impl, passes):
+    (shape, groups) = CASES[case]
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, shape[1], device=DEVICE, dtype=dtype)
+    n = x.numel() * x.element_size()
+    run(benchmark, f"group_norm_silu {case} {dtype}", impl, passes, FORMS, (x, groups, weight, bias),
+        2 * n if passes == "forward" else 5 * n, tolerance=1e-3 if dtype == torch.float32 else 5e-2)

@@ -1,0 +1,138 @@
+"""group_norm_silu: both layouts, the whole-group and the split kernels, with SiLU and without."""
+
+import pytest
+import torch
+from harness import DEVICE, GRADIENTS, agree, compiles, deterministic, gradcheck, nbytes, opcheck, traffic
+
+import kernels
+from kernels import group_norm as module
+from kernels.group_norm import group_norm, group_norm_silu, group_norm_silu_reference, group_norm_silu_torch
+
+SHAPES = [(1, 1, 1, 1), (2, 16, 7, 5), (1, 8, 131), (2, 12, 8, 4)]
+SPLIT = (1, 6, 20, 15)  # with a small TILE, more than one program a channel
+
+
+@pytest.fixture
+def split(monkeypatch):
+    monkeypatch.setattr(module, "TILE", 64)
+
+
+def inputs(shape, channels_last=False, device=DEVICE):
+    x = torch.randn(shape, device=device) * 2 + 1
+    x = x.to(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+    return x, 2 if shape[1] % 2 == 0 else 1, torch.randn(shape[1], device=device), torch.randn(shape[1], device=device)
+
+
+def reference(x, groups, weight, bias):
+    return group_norm_silu_reference(x, groups, weight, bias)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, channels_last):
+    agree(group_norm_silu, reference, inputs(shape, channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_split(split, channels_last):
+    agree(group_norm_silu, reference, inputs(SPLIT, channels_last))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_types(dtype):
+    agree(group_norm_silu, reference, inputs(SHAPES[1], True), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_types_split(split, dtype):
+    agree(group_norm_silu, reference, inputs((1, 2, 20, 15)), dtype)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_any_stride(gradient):
+    agree(group_norm_silu, reference, inputs(SHAPES[3]), gradient=gradient)
+    agree(group_norm_silu, reference, inputs(SHAPES[3], True), gradient=gradient)
+
+
+def test_gradients_of_any_stride_split(split):
+    agree(group_norm_silu, reference, inputs((1, 2, 20, 15), True), gradient="transposed")
+
+
+def test_without_silu():
+    agree(group_norm, lambda *x: group_norm_silu_reference(*x, silu=False), inputs(SHAPES[1]))
+
+
+def test_without_silu_split(split):
+    agree(group_norm, lambda *x: group_norm_silu_reference(*x, silu=False), inputs((1, 2, 20, 15)))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_slices(dim):
+    x, groups, weight, bias = inputs((2, 8, 6, 6))
+    x = x[(slice(None),) * dim + (slice(None, None, 2),)]
+    agree(group_norm_silu, reference, (x, groups, weight[::8 // x.shape[1]], bias[:x.shape[1]]))
+
+
+@pytest.mark.parametrize("tile", [8192, 64])
+def test_large_offsets_and_constant_groups(tile, monkeypatch):
+    """A mean a thousand times the deviation keeps the digits that float32 has; a constant group gives the bias."""
+    monkeypatch.setattr(module, "TILE", tile)
+    x, groups, weight, bias = inputs((1, 2, 20, 15))
+    agree(group_norm_silu, reference, (x + 3000, groups, weight, bias), tolerance=2e-3)
+    constant = group_norm(torch.full_like(x, 7.0), groups, weight, bias)
+    torch.testing.assert_close(constant, bias.view(1, -1, 1, 1).expand(x.shape))
+    big = group_norm_silu((x * 1e4).clamp(-6e4, 6e4).half(), groups, weight.half() * 1000, bias.half())
+    assert big.isfinite().all()
+
+
+def test_nothing_in_nothing_out():
+    x, groups, weight, bias = inputs((0, 4, 3, 3))
+    x.requires_grad_()
+    group_norm_silu(x, groups, weight, bias).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("groups, channels", [(3, 8), (0, 8), (2, 6)])
+def test_shapes_that_do_not_fit(groups, channels):
+    with pytest.raises(ValueError, match="do not fit"):
+        group_norm_silu(torch.randn(2, 8, 3, 3), groups, torch.ones(channels), torch.ones(channels))
+
+
+@pytest.mark.parametrize("tile, silu", [(8192, False), (8192, True), (4, True)])
+def test_gradcheck(tile, silu, monkeypatch):
+    monkeypatch.setattr(module, "TILE", tile)
+    gradcheck(group_norm_silu, (*inputs((1, 2, 3, 2)), 1e-5, silu))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_as_a_custom_operator(channels_last):
+    x, groups, weight, bias = inputs(SHAPES[1], channels_last)
+    opcheck(module._fwd, (x, groups, weight, bias, 1e-5, True))
+    compiles(lambda x, w, b: group_norm_silu(x, groups, w, b), (x, weight, bias))
+
+
+@pytest.mark.parametrize("tile", [8192, 64])
+def test_deterministic(tile, monkeypatch):
+    monkeypatch.setattr(module, "TILE", tile)
+    deterministic(group_norm_silu, inputs((1, 2, 20, 15)))
+
+
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="bytes are counted in the interpreter")
+@pytest.mark.parametrize("shape, channels_last, forward, backward", [
+    ((1, 16, 16, 16), False, 2, 3), ((1, 16, 16, 16), True, 2, 3),
+    ((1, 2, 256, 128), False, 3, 5), ((1, 64, 64, 16), True, 3, 5)])
+def test_bytes(shape, channels_last, forward, backward):
+    x, groups, weight, bias = inputs(shape, channels_last)
+    with traffic() as moved:
+        y, mean, rstd = module._fwd(x, groups, weight, bias, 1e-5, True)
+    assert forward * nbytes(x) <= moved.total <= 1.05 * forward * nbytes(x)
+    with traffic() as moved:
+        module._bwd(x, x, groups, weight, bias, mean, rstd, True)
+    assert backward * nbytes(x) <= moved.total <= 1.05 * backward * nbytes(x)
+
+
+def test_the_plain_form_is_the_reference():
+    x, groups, weight, bias = (a.double() if isinstance(a, torch.Tensor) else a for a in inputs(SHAPES[1]))
+    for silu in (False, True):
+        torch.testing.assert_close(group_norm_silu_torch(x, groups, weight, bias, silu=silu),
+                                   group_norm_silu_reference(x, groups, weight, bias, silu=silu))

@@ -1,0 +1,142 @@
+"""Compile every kernel ahead of time, without a GPU, and say what came out: registers, spills, shared memory, instructions.
+
+    python tools/kernel_report.py                       # the table, as Markdown
+    python tools/kernel_report.py --write               # into docs/kernels.md, between its two marker lines
+    python tools/kernel_report.py --json --only coupling
+
+Exits with 1 where a kernel spills, passes its limits, or lacks the loads or matrix instructions that its AOT_SPECS ask for.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
+TARGETS = {  # name: (backend, architecture, threads of a warp, bytes of shared memory a block may have)
+    "sm_80": ("cuda", 80, 32, 101376),  # what the smaller cards of the generation have; an A100 has 166,912
+    "sm_90": ("cuda", 90, 32, 232448),
+    "sm_100": ("cuda", 100, 32, 232448),
+    "gfx942": ("hip", "gfx942", 64, 65536),
+    "gfx1100": ("hip", "gfx1100", 32, 65536),
+}
+VECTOR = {
+    "cuda": r"ld\.global\S*\.v[248]\.|ld\.global\S*\.b64|cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x(?:8|10)\b",
+    "hip": r"(?:global|buffer)_load_(?:dwordx[24]|b64|b128)",
+}
+MATRIX = {"cuda": r"tcgen05\.mma|wgmma\.mma_async|mma\.sync", "hip": r"v_mfma|v_wmma"}
+
+
+def files():
+    """The names of the kernel files."""
+    return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem != "__init__")
+
+
+def resources(backend, asm):
+    """(registers a thread, bytes of local memory or registers spilled)."""
+    if backend == "hip":
+        vgprs, *spills = (int(re.search(rf"\.{key}:\s*(\d+)", asm["amdgcn"])[1])
+                          for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))
+        return vgprs, sum(spills)
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(asm["cubin"])
+        f.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+def compile_one(file, index, target):
+    """One row of the report: a kernel's variant on a target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"kernels.{file}")
+    spec, (backend, arch, warp, shared_limit) = module.AOT_SPECS[index], TARGETS[target]
+    fn = getattr(module, spec.kernel)
+    args = {name: spec.args[name] for name in fn.arg_names}
+    signature = {name: a.split(":")[0] if isinstance(a, str) else "constexpr" for name, a in args.items()}
+    constants = {name: a for name, a in args.items() if not isinstance(a, str)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args.values())
+               if isinstance(a, str) and (a[0] == "*" or a.endswith(":16"))}
+    start = time.perf_counter()
+    out = triton.compile(ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned),
+                         target=GPUTarget(backend, arch, warp),
+                         options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
+    text = out.asm["amdgcn" if backend == "hip" else "ptx"]
+    registers, spilled = resources(backend, out.asm)
+    matrix = sorted(set(re.findall(MATRIX[backend], text)))
+    vector = bool(re.search(VECTOR[backend], text))
+    limits = {
+        f"spills {spilled}": spilled > 0,
+        f"{registers} registers, {spec.registers} expected": backend == "cuda" and registers > spec.registers,
+        f"{out.metadata.shared} bytes of shared memory, the limit is {shared_limit}": out.metadata.shared > shared_limit,
+        "no vector loads": spec.vector and not vector,
+        "no matrix instructions": spec.matrix and not matrix,
+    }
+    return {"file": file, "kernel": spec.kernel, "variant": spec.name, "target": target, "registers": registers,
+            "spilled": spilled, "shared": out.metadata.shared, "vector": vector, "matrix": matrix, "seconds": round(time.perf_counter() - start, 2),
+            "problems": [what for what, wrong in limits.items() if wrong]}
+
+
+def build(only=None, targets=TARGETS):
+    """Every row, two processes at a time."""
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton did up to 3.9
+    sys.path.insert(0, str(ROOT))
+    jobs = [(file, i, target) for file in files() if only in (None, file)
+            for i in range(len(importlib.import_module(f"kernels.{file}").AOT_SPECS)) for target in targets]
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, *zip(*jobs, strict=True)))
+
+
+def table(rows):
+    """A row a variant, a column a target: registers, bytes of shared memory, matrix instructions."""
+    import triton
+
+    lines = [f"Compiled with triton {triton.__version__}. A cell: registers a thread / bytes of shared memory a block"
+             " / matrix instructions. None spills, and all have vector loads where a contiguous row is read.", "",
+             f"| kernel | variant | {' | '.join(TARGETS)} |", "|---" * (2 + len(TARGETS)) + "|"]
+    cells = {}
+    for r in rows:
+        cells.setdefault((f"{r['file']}.{r['kernel']}", r["variant"]), {})[r["target"]] = " / ".join(
+            [str(r["registers"]), f"{r['shared']:,}", *r["matrix"], *(f"**{p}**" for p in r["problems"])])
+    for (kernel, variant), row in cells.items():
+        lines.append(f"| `{kernel}` | {variant} | {' | '.join(row.get(t, '') for t in TARGETS)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--only", choices=files(), help="one file's kernels")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    args = parser.parse_args()
+    rows = build(args.only)
+    if args.json:
+        print(json.dumps(rows))
+    elif args.write:
+        page = ROOT / "docs/kernels.md"
+        before, rest = page.read_text().split(MARKS[0])
+        page.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    else:
+        print(table(rows))
+    wrong = [f"{r['file']}.{r['kernel']} ({r['variant']}, {r['target']}): {p}" for r in rows for p in r["problems"]]
+    print(*wrong, sep="\n", file=sys.stderr, end="\n" if wrong else "")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -250,7 +250,8 @@ def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor,
     y, mean, rstd = torch.empty_like(x), x.new_empty(B, groups, dtype=acc), x.new_empty(B, groups, dtype=acc)
     with launching(x):
         if whole:
-            _group_fwd_kernel[(B * groups,)](x, weight, bias, y, mean, rstd, *sizes, groups, eps, **_constants(x, whole, SILU=silu))
+            constants = _constants(x, whole, SILU=silu)
+            _group_fwd_kernel[(B * groups,)](x, weight, bias, y, mean, rstd, *sizes, groups, eps, **constants)
         else:
             constants = _constants(x, blocks)
             grid = (B * triton.cdiv(C, blocks[0]) * splits,)
@@ -350,12 +351,14 @@ AOT_SPECS = [] if triton is None else [
     *(spec for t in ("fp32", "bf16") for spec in (
         _spec("_group_fwd_kernel", t, ("X", "Y"), _STATS, (8, 1024), 80),
         _spec("_group_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "DW", "DB"), (8, 1024), 96),
+        _spec("_group_fwd_kernel", t, ("X", "Y"), _STATS, (8, 256), 80, True),
+        _spec("_group_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "DW", "DB"), (8, 256), 96, True),
         _spec("_split_moments_kernel", t, ("X",), ("Means", "M2s"), (128, 32), 96, True),
         _spec("_split_fwd_kernel", t, ("X", "Y"), _STATS, (128, 32), 96, True),
         _spec("_split_sums_kernel", t, ("X", "DY"), (*_STATS, "DWs", "DBs"), (128, 32), 128, True),
         _spec("_split_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "GroupDW", "GroupDB"), (128, 32), 128, True),
     )),
     Spec("_split_combine_kernel", "fp32", dict.fromkeys(("Means", "M2s", "Mean", "Rstd"), "*fp32")
-         | dict.fromkeys(("C", "P", "groups", "chunk"), "i32") | {"splits": "i32:16", "eps": "fp32", "ACC": tl.float32, "BLOCK": 1024},
-         registers=64),
+         | dict.fromkeys(("C", "P", "groups", "chunk"), "i32") | {"splits": "i32:16", "eps": "fp32"}
+         | {"ACC": tl.float32, "BLOCK": 1024}, registers=64),
 ]

@@ -87,8 +87,8 @@ def compile_one(file, index, target):
         "no matrix instructions": spec.matrix and not matrix,
     }
     return {"file": file, "kernel": spec.kernel, "variant": spec.name, "target": target, "registers": registers,
-            "spilled": spilled, "shared": out.metadata.shared, "vector": vector, "matrix": matrix, "seconds": round(time.perf_counter() - start, 2),
-            "problems": [what for what, wrong in limits.items() if wrong]}
+            "spilled": spilled, "shared": out.metadata.shared, "vector": vector, "matrix": matrix,
+            "seconds": round(time.perf_counter() - start, 2), "problems": [what for what, wrong in limits.items() if wrong]}
 
 
 def build(only=None, targets=TARGETS):

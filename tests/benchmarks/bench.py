@@ -79,7 +79,8 @@ def run(benchmark, group, impl, passes, forms, inputs, ideal, tolerance=1e-3):
         first = time.perf_counter() - start
         for a, b in zip(got, call(forms["reference"]), strict=True):
             if a is not None:
-                torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * b.double().abs().max().item())
+                atol = tolerance * b.double().abs().max().item()
+                torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=atol)
         del got, a, b
         extra = {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "torch": torch.__version__,
                  "triton": getattr(kernels.triton, "__version__", None), "first_call_s": round(first, 4), "ideal_bytes": ideal}

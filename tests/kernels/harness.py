@@ -74,7 +74,8 @@ def opcheck(custom_op, inputs):
 def compiles(op, inputs):
     """torch.compile takes op between others without a break, and gives the same values and gradients."""
     def around(*x):
-        return [y.sin() for y in tensors(op(*(a * 2 if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in x)))]
+        x = [a * 2 if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in x]
+        return [y.sin() for y in tensors(op(*x))]
 
     torch.compiler.reset()
     results = []

@@ -697,14 +697,15 @@ def set_up(cfg):
         fail(f"--device {kind}: not available here, there is {', '.join(there)}")
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size}: cannot be split over {world} processes")
+    mode = os.environ.get("M2_KERNELS", "auto") if cfg.kernels == "auto" else cfg.kernels
     try:
         import kernels
-        kernels.report  # noqa: B018  PyPI's unrelated package of this name has none
-        kernels.mode = cfg.kernels
+        there, why = kernels.available(kind)  # PyPI's unrelated package of this name has none
+        kernels.mode = mode
     except (ImportError, AttributeError):
-        kernels = None
-    if cfg.kernels == "triton" and (kernels is None or kind != "cuda" and not os.environ.get("TRITON_INTERPRET")):
-        fail(f"--kernels triton: needs {'CUDA' if kernels else 'the folder kernels/ beside this script'}")
+        there, why = False, "the folder kernels/ is not beside this script"
+    if mode not in ("auto", "torch", "triton") or mode == "triton" and not there:
+        fail(f"--kernels {mode}: {why if mode == 'triton' else 'M2_KERNELS must be auto, torch or triton'}")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
         torch.cuda.set_device(device) if kind == "cuda" else None

@@ -57,17 +57,16 @@ def _grad_z(x_hat, dy, w, b, SILU: tl.constexpr):
 
 
 @jit
-def _group_fwd_kernel(X, W, Bias, Y, Mean, Rstd, C, P, stride_c, stride_p, groups, eps,
+def _group_fwd_kernel(X, W, Bias, Y, Mean, Rstd, C, P, stride_c, stride_p, groups, eps, SIZE: tl.constexpr,
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """A program a group: one read, one write."""
     pid = tl.program_id(0)
-    image, size = (pid // groups).to(tl.int64) * C * P, C // groups
-    first = pid % groups * size
-    c, offsets, mask = _tile(first, 0, first + size, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
+    image, first = (pid // groups).to(tl.int64) * C * P, pid % groups * SIZE
+    c, offsets, mask = _tile(first, 0, first + SIZE, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
     x = tl.load(X + image + offsets, mask=mask, other=0.0).to(ACC)
-    w = tl.load(W + c, mask=c < first + size, other=0.0).to(ACC)
-    b = tl.load(Bias + c, mask=c < first + size, other=0.0).to(ACC)
-    n = (size * P).to(ACC)
+    w = tl.load(W + c, mask=c < first + SIZE, other=0.0).to(ACC)
+    b = tl.load(Bias + c, mask=c < first + SIZE, other=0.0).to(ACC)
+    n = (SIZE * P).to(ACC)
     mean = tl.sum(tl.sum(x, 1), 0) / n
     d = tl.where(mask, x - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(tl.sum(d * d, 1), 0) / n + eps)
@@ -80,26 +79,25 @@ def _group_fwd_kernel(X, W, Bias, Y, Mean, Rstd, C, P, stride_c, stride_p, group
 
 
 @jit
-def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, stride_p, groups,
+def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, stride_p, groups, SIZE: tl.constexpr,
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """A program a group: x and dy read once, dx written; DW and DB (B, C) are this image's share."""
     pid = tl.program_id(0)
-    row, size = (pid // groups).to(tl.int64) * C, C // groups
-    first = pid % groups * size
-    c, offsets, mask = _tile(first, 0, first + size, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
+    row, first = (pid // groups).to(tl.int64) * C, pid % groups * SIZE
+    c, offsets, mask = _tile(first, 0, first + SIZE, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
     x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
     dy = tl.load(DY + row * P + offsets, mask=mask, other=0.0).to(ACC)
-    w = tl.load(W + c, mask=c < first + size, other=0.0).to(ACC)
-    b = tl.load(Bias + c, mask=c < first + size, other=0.0).to(ACC)
+    w = tl.load(W + c, mask=c < first + SIZE, other=0.0).to(ACC)
+    b = tl.load(Bias + c, mask=c < first + SIZE, other=0.0).to(ACC)
     rstd = tl.load(Rstd + pid)
     x_hat = (x - tl.load(Mean + pid)) * rstd
     dz = _grad_z(x_hat, dy, w, b, SILU)  # 0 outside the mask, where dy is 0
     dw, db = tl.sum(dz * x_hat, 1), tl.sum(dz, 1)  # [BLOCK_C]
-    n = (size * P).to(ACC)
+    n = (SIZE * P).to(ACC)
     dx = rstd * (dz * w[:, None] - tl.sum(db * w, 0) / n - x_hat * (tl.sum(dw * w, 0) / n))
     tl.store(DX + row * P + offsets, dx.to(DX.dtype.element_ty), mask=mask)
-    tl.store(DW + row + c, dw, mask=c < first + size)
-    tl.store(DB + row + c, db, mask=c < first + size)
+    tl.store(DW + row + c, dw, mask=c < first + SIZE)
+    tl.store(DB + row + c, db, mask=c < first + SIZE)
 
 
 @jit
@@ -237,9 +235,9 @@ def _num_warps(blocks):
     return min(max(blocks[0] * blocks[1] // 512, 1), 16)
 
 
-def _constants(x, blocks, **silu):
+def _constants(x, blocks, **more):
     acc = tl.float64 if accumulator(x) == torch.float64 else tl.float32
-    return {"ACC": acc, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1], "num_warps": _num_warps(blocks)} | silu
+    return {"ACC": acc, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1], "num_warps": _num_warps(blocks)} | more
 
 
 @torch.library.custom_op("m2::group_norm_fwd", mutates_args=())
@@ -250,7 +248,7 @@ def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor,
     y, mean, rstd = torch.empty_like(x), x.new_empty(B, groups, dtype=acc), x.new_empty(B, groups, dtype=acc)
     with launching(x):
         if whole:
-            constants = _constants(x, whole, SILU=silu)
+            constants = _constants(x, whole, SILU=silu, SIZE=C // groups)
             _group_fwd_kernel[(B * groups,)](x, weight, bias, y, mean, rstd, *sizes, groups, eps, **constants)
         else:
             constants = _constants(x, blocks)
@@ -280,7 +278,7 @@ def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, b
         if whole:
             dw, db = x.new_empty(B, C, dtype=acc), x.new_empty(B, C, dtype=acc)
             _group_bwd_kernel[(B * groups,)](x, dy, weight, bias, mean, rstd, dx, dw, db, *sizes, groups,
-                                             **_constants(x, whole, SILU=silu))
+                                             **_constants(x, whole, SILU=silu, SIZE=C // groups))
         else:
             constants = _constants(x, blocks, SILU=silu)
             grid = (B * triton.cdiv(C, blocks[0]) * splits,)
@@ -341,7 +339,7 @@ def _spec(kernel, dtype, values, statistics, blocks, registers, channels_last=Fa
     strides = {"stride_c": 1, "stride_p": "i32:16"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
     args = dict.fromkeys(values, f"*{dtype}") | dict.fromkeys(statistics, "*fp32") | strides
     args |= {"C": "i32:16", "P": "i32:16", "groups": "i32", "splits": "i32", "chunk": "i32:16", "eps": "fp32"}
-    args |= {"SILU": True, "ACC": tl.float32, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1]}
+    args |= {"SIZE": 8, "SILU": True, "ACC": tl.float32, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1]}
     name = f"{dtype}, {'channels_last' if channels_last else 'contiguous'}, {blocks[0]} channels by {blocks[1]}"
     return Spec(kernel, name, args, num_warps=_num_warps(blocks), registers=registers)
 

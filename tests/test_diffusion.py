@@ -475,6 +475,19 @@ def test_every_option_runs(digits, tmp_path, flags):
         assert (run / "inpaint.png").exists() and (run / "interpolate.png").exists()
 
 
+def test_compiled_training_is_the_same_training(digits, tmp_path, monkeypatch):
+    """--compile, with the compiler's own graphs but not its slow code generator; the checkpoint is the plain network's."""
+    calls, compiler = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: calls.append(net) or compiler(net, backend="aot_eager"))
+    saved = []
+    for flag in ("--no-compile", "--compile"):
+        diffusion.main([*TINY, "--out", str(tmp_path / flag), flag])
+        saved.append(checkpoint(tmp_path / flag)["model"])
+    assert len(calls) == 1 and saved[0].keys() == saved[1].keys()
+    for name in saved[0]:
+        assert_close(saved[0][name], saved[1][name], rtol=1e-3, atol=1e-4)
+
+
 def test_the_averaged_weights_are_sampled_and_never_trained(digits, tmp_path):
     out = tmp_path / "run"
     diffusion.main([*TINY, "--out", str(out), "--ema", "0.9"])

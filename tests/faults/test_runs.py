@@ -943,16 +943,28 @@ def test_a_device_that_is_not_there(device, there, module, tmp_path, capsys, mon
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-@pytest.mark.parametrize("kernels, word", [(None, "kernels/"), (types.SimpleNamespace(mode="auto", report=None), "CUDA")])
-def test_triton_without_the_folder_or_without_cuda(kernels, word, module, tmp_path, capsys, monkeypatch, no_training):
+THEIRS = types.SimpleNamespace(mode="auto")  # some other package of the name
+OURS = types.SimpleNamespace(mode="auto", available=lambda kind: (False, "no CUDA device"))
+
+
+@pytest.mark.parametrize("kernels, word", [(None, "kernels/"), (THEIRS, "kernels/"), (OURS, "no CUDA device")])
+@pytest.mark.parametrize("where", ["flag", "environment"])
+def test_triton_that_cannot_be_had(kernels, word, where, module, tmp_path, capsys, monkeypatch, no_training):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(sys.modules, "kernels", kernels)
-    assert tiny.run(module, ["--kernels", "triton"]) == 2
+    if where == "environment":
+        monkeypatch.setenv("M2_KERNELS", "triton")
+    assert tiny.run(module, ["--kernels", "triton"] if where == "flag" else []) == 2
     line = error_line(capsys.readouterr().err)
     assert "--kernels triton" in line and word in line
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_mode_in_the_environment(module, tmp_path, capsys, monkeypatch, no_training):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("M2_KERNELS", "cutlass")
+    assert tiny.run(module, []) == 2
+    assert "M2_KERNELS must be auto, torch or triton" in error_line(capsys.readouterr().err)
 
 
 def test_lack_of_memory_is_one_line(module, few, tmp_path, capsys, monkeypatch):

@@ -555,7 +555,7 @@ def test_a_full_disk_is_found_before_training(go, tmp_path, capsys, no_training)
 
 def test_a_really_full_disk(go, tmp_path, capsys, no_training):
     (tmp_path / "small").mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", tmp_path / "small"], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "none", tmp_path / "small"], capture_output=True)
     if done.returncode:
         pytest.skip("no right to mount a small disk")
     try:

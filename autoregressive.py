@@ -47,7 +47,8 @@ except ImportError:
         return torch.tanh(a) * torch.sigmoid(b)
 
 try:
-    from kernels.attention import attention, decode_attention
+    from kernels.attention import attention
+    from kernels.decode_attention import decode_attention
 except ImportError:
     def attention(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")

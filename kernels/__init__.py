@@ -34,7 +34,7 @@ MODES = ("auto", "torch", "triton")
 OPS = {  # operation: its file
     "group_norm_silu": "group_norm",
     "attention": "attention",
-    "decode_attention": "attention",
+    "decode_attention": "decode_attention",
     "masked_conv2d": "masked_conv",
     "gated_masked_conv2d": "masked_conv",
     "affine_coupling": "coupling",
@@ -125,3 +125,4 @@ class Spec(NamedTuple):
     registers: int = 255  # at most, a thread, on NVIDIA
     vector: bool = True  # loads of at least 8 bytes a thread must be there
     matrix: bool = False  # matrix instructions must be there
+    hip: dict = {}  # what is otherwise on AMD: constants, num_warps, num_stages

@@ -65,6 +65,9 @@ def compile_one(file, index, target):
 
     module = importlib.import_module(f"kernels.{file}")
     spec, (backend, arch, warp, shared_limit) = module.AOT_SPECS[index], TARGETS[target]
+    if backend == "hip":
+        own = {key: spec.hip[key] for key in ("num_warps", "num_stages") if key in spec.hip}
+        spec = spec._replace(args={key: spec.hip.get(key, a) for key, a in spec.args.items()}, **own)
     fn = getattr(module, spec.kernel)
     args = {name: spec.args[name] for name in fn.arg_names}
     signature = {name: a.split(":")[0] if isinstance(a, str) else "constexpr" for name, a in args.items()}

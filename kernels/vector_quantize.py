@@ -1,0 +1,322 @@
+"""The nearest code of every vector, for vector quantisation (van den Oord et al. 2017, equations 1 and 2).
+
+    k(z) = argmin_j |z - e_j|^2 = argmin_j (|e_j|^2 - 2 z . e_j),    z_q = e_k(z)
+
+z (..., D), codebook e (K, D), of the same type or not. The N x K matrix of distances, N vectors in all, is never held.
+|z|^2 is the same for all codes and left out. Distances are in float32 for every type but float64, which keeps its own.
+Two of float16 or of bfloat16 are multiplied as they are, exactly. float32 is cut into three bfloat16 parts, 8 digits each,
+and the six products that float32 could tell from none are added: as exact as float32, and on every matrix unit; tf32 keeps
+11 digits and would pick wrong codes. So the code differs from the nearest only where that is nearer by no more than the
+rounding of float32, a few times 2^-23 (|z| |e| + |e|^2). Of equal distances the lowest index wins. A distance that is not
+finite never wins: codes with NaN or infinity are not used, vectors with either, or whose products overflow, get index 0.
+
+Least bytes, z contiguous: forward z, z_q, 8N for the indices, and the codebook. The codebook is read again, from the cache,
+for every 64 vectors (16 where there are few), then the N rows of it that were chosen; where a row is longer than BLOCK_D,
+the vectors too, for every 64 codes. Backward: dz_q, 8N, and the codebook's gradient. A stable sort of the indices by PyTorch
+comes before it, so that each code adds up its own rows in order, without float atomics: one program where all share a code.
+
+When not: where one product with its N x K result is cheap, as with D of several hundred and few codes.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
+
+LARGE = 1 << 14  # vectors from which on a program has 64 of them, below it 16, so that there are programs for a whole device
+BLOCK_D = 16, 64  # elements of a row that a program holds at once: of float32 and float64, of half types
+GROUP, CODES = 32, 1024  # plain form: codes of which the nearest is found first, codes of a chunk
+BUFFER = {"cpu": 1 << 21}  # plain form: distances of a chunk, to stay in the cache; 1 << 24 on other devices
+
+
+def nearest_code_reference(z, codebook):
+    """Holds all distances. The gradients are those of nearest_code."""
+    acc = accumulator(_wider(z, codebook))
+    x, e = z.detach().reshape(-1, z.shape[-1]).to(acc), codebook.detach().to(acc)
+    indices = (x.square().sum(1, keepdim=True) - 2 * x @ e.T + e.square().sum(1)).argmin(1)
+    counts = (indices[:, None] == torch.arange(len(e), device=e.device)).sum(0)
+    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1]), counts
+
+
+def nearest_code_torch(z, codebook):
+    """The fastest plain form: distances of a chunk of vectors and codes at a time, in a buffer that is used again."""
+    indices, counts = _search(z.reshape(-1, z.shape[-1]).detach(), codebook.detach())
+    z_q = F.embedding(indices, codebook.to(accumulator(codebook))).to(z.dtype)  # so the gradient is summed in float32
+    return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
+
+
+def _wider(z, codebook):
+    """Whichever of the two has the wider type: accumulator() of it is the type of the distances."""
+    return z if z.element_size() > codebook.element_size() else codebook
+
+
+@contextlib.contextmanager
+def _exact(x):
+    """Matrix products of float32 in float32, whatever autocast and the precision of matrix products are set to."""
+    settings = [(m, m.fp32_precision) for m in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+    settings = [(m, precision) for m, precision in settings if precision not in ("ieee", "none")]
+    for m, _ in settings:
+        m.fp32_precision = "ieee"
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        for m, precision in settings:
+            m.fp32_precision = precision
+
+
+@torch.library.custom_op("m2::nearest_code_search", mutates_args=())  # an operator, so that no compiler unrolls its loops
+def _search(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    (N, K), acc, inf = (len(z), len(codebook)), accumulator(_wider(z, codebook)), float("inf")
+    cols = min(K + -K % GROUP, CODES)  # whole groups: the last is filled with codes at infinity
+    rows = max(1, min(N, BUFFER.get(z.device.type, 1 << 24) // cols))
+    buffer, every = z.new_empty(rows, cols, dtype=acc), torch.arange(rows, device=z.device)
+    indices, best = z.new_zeros(N, dtype=torch.int64), z.new_full((N,), inf, dtype=acc)
+    with _exact(z):
+        for k0 in range(0, K, cols):
+            e = codebook[k0:k0 + cols].to(acc)
+            norm, spare = e.square().sum(1), cols - len(e)
+            usable = norm.isfinite()
+            e = F.pad(torch.where(usable[:, None], -2 * e, 0), (0, 0, 0, spare)).T
+            norm = F.pad(norm.masked_fill(~usable, inf), (0, spare), value=inf)
+            for n0 in range(0, N, rows):
+                x = z[n0:n0 + rows].to(acc)
+                d = torch.addmm(norm, x, e, out=buffer[:len(x)]).view(len(x), -1, GROUP)  # |e|^2 - 2 z . e
+                group = d.amin(2).argmin(1)  # a minimum is several times faster than where it is, so that is for few
+                value, within = d[every[:len(x)], group].min(1)
+                nearer = value < best[n0:n0 + rows]
+                indices[n0:n0 + rows] = torch.where(nearer, k0 + group * GROUP + within, indices[n0:n0 + rows])
+                best[n0:n0 + rows] = torch.where(nearer, value, best[n0:n0 + rows])
+    indices.masked_fill_(best == -inf, 0)
+    return indices, torch.bincount(indices, minlength=K)
+
+
+@_search.register_fake
+def _(z, codebook):
+    return z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(codebook), dtype=torch.int64)
+
+
+# ---- kernels: operands are held in the type DOT, distances in ACC
+
+
+@jit
+def _split(x, DOT: tl.constexpr, OPERAND: tl.constexpr, PARTS: tl.constexpr):
+    """x as the sum of parts of type DOT, each what the ones before it left over; of three, or x itself three times."""
+    x0 = x.to(DOT)
+    if PARTS == 1:
+        return x0.to(OPERAND), x0.to(OPERAND), x0.to(OPERAND)
+    rest = x.to(tl.float32) - x0.to(tl.float32)
+    x1 = rest.to(DOT)
+    x2 = (rest - x1.to(tl.float32)).to(DOT)
+    return x0.to(OPERAND), x1.to(OPERAND), x2.to(OPERAND)
+
+
+@jit
+def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexpr, DOT: tl.constexpr, OPERAND: tl.constexpr,
+                    ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                    BLOCK_D: tl.constexpr):
+    """A program a block of vectors: their codes, those codes' rows, and how often each code is used. Parts (PARTS, K, D)."""
+    n, col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    d, row = tl.arange(0, BLOCK_D), n[:, None].to(tl.int64) * D
+    z = tl.load(Z + row + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)  # [BLOCK_N, BLOCK_D]
+    z0, z1, z2 = _split(z, DOT, OPERAND, PARTS)
+    best = tl.full([BLOCK_N, BLOCK_K], float("inf"), ACC)  # of the codes seen so far in each column, the nearest
+    start = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)  # and the first code of the block it was in
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + col
+        dot = tl.zeros([BLOCK_N, BLOCK_K], ACC)
+        for d0 in range(0, D, BLOCK_D):
+            if D > BLOCK_D:
+                mask = (n[:, None] < N) & (d0 + d[None, :] < D)
+                z = tl.load(Z + row + d0 + d[None, :], mask=mask, other=0.0)
+                z0, z1, z2 = _split(z, DOT, OPERAND, PARTS)
+            mask = (k[None, :] < K) & (d0 + d[:, None] < D)
+            for i in tl.static_range(PARTS):  # of three, the least first, and only products above the rounding of float32
+                part = PARTS - 1 - i
+                e = tl.load(Parts + (part * K + k[None, :]).to(tl.int64) * D + d0 + d[:, None], mask=mask, other=0.0)
+                e = e.to(OPERAND)  # [BLOCK_D, BLOCK_K]
+                if part + 2 < PARTS:
+                    dot = tl.dot(z2, e, dot, input_precision="ieee", out_dtype=ACC)
+                if part + 1 < PARTS:
+                    dot = tl.dot(z1, e, dot, input_precision="ieee", out_dtype=ACC)
+                dot = tl.dot(z0, e, dot, input_precision="ieee", out_dtype=ACC)
+        distance = tl.load(Norm + k, mask=k < K, other=float("inf"))[None, :] - 2 * dot
+        nearer = distance < best  # strictly: of equal ones the first stays
+        best = tl.where(nearer, distance, best)
+        start = tl.where(nearer, k0, start)
+    nearest = tl.min(best, 1)  # [BLOCK_N]
+    index = tl.min(tl.where(best == nearest[:, None], start + col[None, :], K), 1)
+    index = tl.where(nearest > -float("inf"), index, 0).to(tl.int64)
+    tl.store(Indices + n, index, mask=n < N)
+    tl.atomic_add(Counts + index, tl.full([BLOCK_N], 1, tl.int64), mask=n < N, sem="relaxed")
+    for d0 in range(0, D, BLOCK_D):
+        mask = (n[:, None] < N) & (d0 + d[None, :] < D)
+        z_q = tl.load(E + index[:, None] * D + d0 + d[None, :], mask=mask, other=0.0)
+        tl.store(ZQ + row + d0 + d[None, :], z_q.to(ZQ.dtype.element_ty), mask=mask)
+
+
+@jit
+def _sum_kernel(X, Order, Starts, Sums, D: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program a code and block of its row: the sum of the rows of X that Order has for it, in that order."""
+    k, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    end, total = tl.load(Starts + k + 1), tl.zeros([BLOCK_D], ACC)
+    for i0 in range(tl.load(Starts + k), end, BLOCK_N):
+        i = i0 + tl.arange(0, BLOCK_N)
+        n = tl.load(Order + i, mask=i < end, other=0)
+        x = tl.load(X + n[:, None] * D + d[None, :], mask=(i[:, None] < end) & (d[None, :] < D), other=0.0).to(ACC)
+        total += tl.sum(x, 0)
+    tl.store(Sums + k * D + d, total, mask=d < D)
+
+
+# ---- operators
+
+
+def _acc(x):
+    return tl.float64 if accumulator(x) == torch.float64 else tl.float32
+
+
+def _dot_constants(acc, half):
+    """How z and codes are multiplied: half, their common type, as it is; else float32 in three parts; float64 as it is."""
+    dot = half or (tl.float64 if acc == tl.float64 else tl.bfloat16)
+    operand = acc if INTERPRETING else dot  # the interpreter has no arithmetic in bfloat16
+    return {"ACC": acc, "DOT": dot, "OPERAND": operand, "PARTS": 1 if half or acc == tl.float64 else 3}
+
+
+def _blocks(N, D, half):
+    """Blocks of a program of _nearest_kernel, its warps and stages: the largest without spills on every target."""
+    large = N >= LARGE
+    return {"BLOCK_N": 64 if large else 16, "BLOCK_K": 64, "BLOCK_D": max(16, min(triton.next_power_of_2(D), BLOCK_D[half])),
+            "num_warps": 8 if large else 4, "num_stages": 3 if half else 2}
+
+
+@torch.library.custom_op("m2::nearest_code", mutates_args=())
+def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, codebook, (N, D), K = z.contiguous(), codebook.contiguous(), z.shape, len(codebook)
+    wider = _wider(z, codebook)
+    half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(z.dtype) if z.dtype == codebook.dtype else None
+    constants = _dot_constants(_acc(wider), half)
+    e = codebook.to(accumulator(wider))
+    norm, parts = e.square().sum(1), codebook if half else e
+    if constants["PARTS"] == 3:
+        high, middle = e.bfloat16(), (e - e.bfloat16()).bfloat16()
+        parts = torch.stack([high, middle, (e - high - middle).bfloat16()])
+    z_q, indices, counts = torch.empty_like(z), z.new_empty(N, dtype=torch.int64), z.new_zeros(K, dtype=torch.int64)
+    blocks = _blocks(N, D, half is not None)
+    with launching(z):
+        _nearest_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](z, codebook, parts, norm, z_q, indices, counts, N, K, D=D,
+                                                              **constants, **blocks)
+    return z_q, indices, counts
+
+
+@_nearest.register_fake
+def _(z, codebook):
+    return z.new_empty(z.shape), *_search(z, codebook)
+
+
+@torch.library.custom_op("m2::sum_by_code", mutates_args=())
+def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
+    x, D = x.contiguous(), x.shape[1]
+    indices, order = torch.sort(indices, stable=True)
+    starts = torch.searchsorted(indices, torch.arange(n_codes + 1, device=x.device))
+    sums = x.new_empty(n_codes, D, dtype=accumulator(x))
+    block = min(triton.next_power_of_2(D), 128)
+    with launching(x):
+        _sum_kernel[(n_codes, triton.cdiv(D, block))](x, order, starts, sums, D=D, ACC=_acc(x), BLOCK_N=32, BLOCK_D=block)
+    return sums
+
+
+@_sum.register_fake
+def _(x, indices, n_codes):
+    return x.new_empty(n_codes, x.shape[1], dtype=accumulator(x))
+
+
+def _nearest_save(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.codes, ctx.dtype = inputs[1].shape[0], inputs[1].dtype
+
+
+def _nearest_backward(ctx, dz_q, *_):
+    return None, _sum(dz_q, ctx.saved_tensors[0], ctx.codes).to(ctx.dtype)
+
+
+def _sum_save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+    ctx.dtype = inputs[0].dtype
+
+
+_nearest.register_autograd(_nearest_backward, setup_context=_nearest_save)
+_sum.register_autograd(lambda ctx, dsums: (dsums[ctx.saved_tensors[0]].to(ctx.dtype), None, None), setup_context=_sum_save)
+
+
+def supports(z, codebook):
+    for name, x in (("z", z), ("codebook", codebook)):
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            return False, f"{name} is {x.dtype}"
+    return z.device == codebook.device, f"z is on {z.device}, codebook on {codebook.device}"
+
+
+def nearest_code(z, codebook):
+    """The code nearest to each vector. z (..., D), codebook (K, D), floating -> (z_q, indices, counts).
+
+    z_q (..., D), in the type of z: codebook[indices], with that gather's gradient to the codebook and none to z, as the
+    codebook and commitment losses want it, |sg(z) - z_q|^2 + beta |z - sg(z_q)|^2. The decoder wants straight_through(z, z_q).
+    indices (...) int64 in [0, K); counts (K,) int64, how many vectors took each code. Neither has a gradient. The
+    codebook may be computed (SimVQ), or a buffer that an average of sum_by_code(z, indices, K) and counts updates (EMA).
+    Ties, infinities and rounding: at the top of this file. Raises ValueError for shapes that do not fit or an empty
+    codebook, and what use_triton raises.
+    """
+    if z.dim() < 1 or codebook.dim() != 2 or z.shape[-1] != codebook.shape[1] or not codebook.numel():
+        raise ValueError(f"nearest_code: codebook {tuple(codebook.shape)} does not fit z {tuple(z.shape)}")
+    if not (z.is_floating_point() and codebook.is_floating_point()):
+        raise ValueError(f"nearest_code: z and codebook must be floating, not {z.dtype} and {codebook.dtype}")
+    if use_triton("nearest_code", z, supports(z, codebook), least=1 << 14):
+        z_q, indices, counts = _nearest(z.reshape(-1, z.shape[-1]).detach(), codebook)
+        return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
+    return nearest_code_torch(z, codebook)
+
+
+def straight_through(z, z_q):
+    """Exactly z_q, for finite z, with the gradient of z: passed on to z as it is, nothing to z_q. Both of one shape."""
+    if z.shape != z_q.shape:
+        raise ValueError(f"straight_through: z {tuple(z.shape)} and z_q {tuple(z_q.shape)} differ")
+    return z_q.detach() + (z - z.detach())
+
+
+def sum_by_code(x, indices, n_codes):
+    """The sum of the vectors that took each code. x (..., D), indices (...) int64 in [0, n_codes) -> (n_codes, D).
+
+    In float32 for every type but float64; deterministic; differentiable in x. Raises ValueError for shapes that do not
+    fit, and what use_triton raises.
+    """
+    if x.dim() < 1 or x.shape[:-1] != indices.shape:
+        raise ValueError(f"sum_by_code: indices {tuple(indices.shape)} do not fit x {tuple(x.shape)}")
+    x, indices = x.reshape(-1, x.shape[-1]), indices.reshape(-1)
+    if use_triton("nearest_code", x, supports(x, x), least=1 << 14):
+        return _sum(x, indices, n_codes)
+    return torch.ops.aten.embedding_dense_backward(x.to(accumulator(x)), indices, n_codes, -1, False)
+
+
+def _spec(t, D, N, registers):
+    args = dict.fromkeys(("Z", "E", "ZQ"), f"*{t}") | {"Parts": "*bf16" if t == "fp32" else f"*{t}", "Norm": "*fp32"}
+    args |= {"Indices": "*i64", "Counts": "*i64", "N": "i32:16", "K": "i32:16", "D": D}
+    args |= _dot_constants(tl.float32, {"fp32": None, "bf16": tl.bfloat16, "fp16": tl.float16}[t])
+    args |= _blocks(N, D, t != "fp32")
+    return Spec("_nearest_kernel", f"{t}, D {D}, {args['BLOCK_N']} vectors", args, args.pop("num_warps"),
+                args.pop("num_stages"), registers, matrix=True)
+
+
+AOT_SPECS = [] if triton is None else [
+    _spec("fp32", 64, LARGE, 192),
+    _spec("fp32", 64, 0, 104),
+    _spec("fp32", 256, LARGE, 208),
+    _spec("fp32", 256, 0, 104),
+    _spec("bf16", 64, LARGE, 104),
+    _spec("bf16", 64, 0, 72),
+    _spec("bf16", 256, LARGE, 136),
+    _spec("bf16", 256, 0, 104),
+    _spec("fp16", 64, LARGE, 104),
+    *(Spec("_sum_kernel", t, {"X": f"*{t}", "Order": "*i64", "Starts": "*i64", "Sums": "*fp32", "D": 64, "ACC": tl.float32,
+                              "BLOCK_N": 32, "BLOCK_D": 64}, registers=48) for t in ("fp32", "bf16")),
+]

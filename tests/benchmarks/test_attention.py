@@ -1,0 +1,62 @@
+"""attention at the scripts' shapes and two larger ones: pytest tests/benchmarks/test_attention.py --benchmark-only; memory."""
+
+import pytest
+import torch
+from bench import DEVICE, IMPLS, PASSES, peak_bytes, run
+
+from kernels import attention as module
+from kernels.attention import attention, attention_reference, attention_torch
+
+CASES = {  # name: (B, n_head, T, head_dim), H, mask, with a bias
+    "diffusion, mnist": ((32, 4, 49, 16), 7, None, False),
+    "transformer, mnist, strict": ((8, 4, 784, 32), 28, "strict", False),
+    "transformer, mnist, causal": ((8, 4, 784, 32), 28, "causal", False),
+    "transformer, mnist, bias": ((8, 4, 784, 32), 28, None, True),
+    "transformer, mnist, causal, bias": ((8, 4, 784, 32), 28, "causal", True),
+    "8x8x1024x64, strict": ((8, 8, 1024, 64), 32, "strict", False),
+    "4x8x2048x64, causal, bias": ((4, 8, 2048, 64), 32, "causal", True),
+}
+
+
+def inputs(shape, H, bias, dtype=torch.float32):
+    B, n_head, T, _ = shape
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(3))
+    return (q, k, v) + ((torch.randn(n_head, 2 * H - 1, 2 * T // H - 1, device=DEVICE, dtype=dtype),) if bias else ())
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_attention(benchmark, case, dtype, impl, passes):
+    shape, H, mask, bias = CASES[case]
+    if benchmark.disabled and DEVICE == "cpu":  # once, untimed: a check, for which one head of one image is enough
+        shape = (1, 1, *shape[2:])
+    x = inputs(shape, H, bias, dtype)
+    forms = {"reference": attention_reference, "plain": attention_torch, "triton": attention}
+    forms = {name: lambda q, k, v, b=None, f=f: f(q, k, v, mask, bias=b) for name, f in forms.items()}
+    n = x[0].numel() * x[0].element_size()
+    run(benchmark, f"attention {case} {dtype}", impl, passes, forms, x, 4 * n if passes == "forward" else 12 * n,
+        tolerance=1e-3 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("mask, bias", [(None, False), ("causal", False), ("strict", False), (None, True), ("strict", True)])
+def test_memory_grows_linearly(mask, bias, passes, monkeypatch):
+    """Twice, 4 and 8 times as many positions, in an image of as many more rows, take at most that much more memory.
+
+    Without a bias from 1,024 positions on: below, PyTorch's kernel on the CPU takes larger tiles at certain lengths.
+    """
+    monkeypatch.setattr(module, "PLAIN_SCORES", 1)  # what the plain form holds at least: the scores of one row of the image
+    f, peaks = attention if DEVICE == "cuda" else attention_torch, []
+    for H in (8, 16, 32, 64) if bias else (64, 128, 256, 512):
+        x = [a.requires_grad_(passes != "forward") for a in inputs((1, 1, 16 * H, 16), H, bias)]
+
+        def call(x=x):
+            y = f(*x[:3], mask, bias=x[3] if bias else None)
+            return torch.autograd.grad(y.sum(), x) if passes != "forward" else y
+
+        call()
+        peaks.append(peak_bytes(call))
+    assert all(more <= 1.1 * times * peaks[0] for more, times in zip(peaks, (1, 2, 4, 8), strict=True)), peaks

@@ -1,0 +1,49 @@
+"""Both couplings at a flow's shape and two larger ones: pytest tests/benchmarks/test_coupling.py --benchmark-only."""
+
+import functools
+
+import pytest
+import torch
+from bench import DEVICE, IMPLS, PASSES, run
+
+from kernels import coupling
+
+CASES = {  # name: shape of x; a spline transforms all of it, an affine layer half of its channels
+    "flow, mnist, 2x2 squeezed": (64, 4, 14, 14),
+    "64x12x32x32": (64, 12, 32, 32),
+    "8192x64": (8192, 64),
+}
+K = 8  # bins
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
+
+
+def time_it(benchmark, op, case, dtype, impl, passes, reverse, how, channels, ideal):
+    """ideal: bytes forward and backward, in bytes of x."""
+    shape = CASES[case]
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE, dtype=dtype)
+    params = torch.randn(shape[0], channels, *shape[2:], device=DEVICE, dtype=dtype)
+    forms = {name: functools.partial(getattr(coupling, op + suffix), **how, reverse=reverse)
+             for name, suffix in (("reference", "_reference"), ("plain", "_torch"), ("triton", ""))}
+    least = (ideal[0] if passes == "forward" else sum(ideal)) * x.numel() * x.element_size()
+    run(benchmark, f"{op} {case} {dtype}{', reverse' * reverse}", impl, passes, forms, (x, params), int(least),
+        tolerance=1e-2 if dtype == torch.float32 else 1e-1)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_spline_coupling(benchmark, case, dtype, reverse, impl, passes):
+    time_it(benchmark, "spline_coupling", case, dtype, impl, passes, reverse, {"tail_bound": 3.0}, CASES[case][1] * (3 * K - 1),
+            (2 * K + 4, 5 * K + 4))
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("impl", IMPLS)
+@dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_affine_coupling(benchmark, case, dtype, impl, passes):
+    channels = CASES[case][1]
+    time_it(benchmark, "affine_coupling", case, dtype, impl, passes, False, {"mask_or_split": channels // 2}, channels, (3, 4))

@@ -1,0 +1,307 @@
+"""masked_conv2d and gated_masked_conv2d: what a pixel sees, all masks, both layouts, many tiles, every form of condition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import DEVICE, GRADIENTS, agree, assert_near, compiles, deterministic, gradcheck, leaves, nbytes, opcheck, traffic
+
+import kernels
+from kernels import masked_conv as module
+from kernels.masked_conv import (
+    MASKS,
+    gated_masked_conv2d,
+    gated_masked_conv2d_reference,
+    gated_masked_conv2d_torch,
+    masked_conv2d,
+    masked_conv2d_reference,
+    masked_conv2d_torch,
+)
+
+PLAIN = {"reference": masked_conv2d_reference, "torch": masked_conv2d_torch, "triton": masked_conv2d}
+KERNELS = [((1, 1, 1, 1), (1, 1), "B"), ((1, 2, 3, 2), (5, 5), "A"), ((1, 2, 2, 2), (5, 5), "B"), ((2, 2, 3, 4), (1, 5), "A"),
+           ((2, 2, 3, 4), (1, 3), "B"), ((1, 17, 2, 3), (3, 1), "vertical A"), ((1, 2, 1, 1), (3, 3), "A"),
+           ((1, 2, 4, 3), (3, 5), "vertical B"), ((1, 2, 2, 3), (1, 3), "vertical B")]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks and chunks so small that few elements give several of each."""
+    monkeypatch.setattr(module, "BLOCKS", dict.fromkeys((2, 4), (16, 16, 16)))
+    monkeypatch.setattr(module, "CHUNK", 16)
+
+
+def inputs(shape=(2, 3, 4, 5), N=4, k=(3, 3), channels_last=False, cond=None):
+    """x, weight, bias, and for the gated form a condition of a kind."""
+    x = torch.randn(shape, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    out = x, torch.randn(N, shape[1], *k, device=DEVICE) / (shape[1] * k[0] * k[1]) ** 0.5 * 2, torch.randn(N, device=DEVICE)
+    if cond is None:
+        return out
+    B, _, H, W = shape
+    sizes = {"vector": (B, N), "1 x 1": (B, N, 1, 1), "map": (B, N, H, W)}
+    return *out, torch.randn(sizes[cond], device=DEVICE) if cond in sizes else None
+
+
+# ---- what a pixel sees
+
+
+def sees(mask_type, i, j, r, s):
+    """Whether pixel (i, j) is to see pixel (r, s), a kernel large enough."""
+    if mask_type.startswith("vertical"):
+        return r < i or mask_type.endswith("B") and r == i
+    return r < i or r == i and (s < j or mask_type == "B" and s == j)
+
+
+@pytest.mark.parametrize("form", PLAIN)
+@pytest.mark.parametrize("mask_type, k", [(m, k) for m in MASKS for k in ((3, 3), (5, 5), (1, 5))
+                                          if (m, k) != ("vertical A", (1, 5))] + [("B", (1, 1))])
+def test_the_jacobian_is_zero_exactly_where_the_mask_says(form, mask_type, k):
+    H, W = 3, 4
+    x = torch.randn(1, 1, H, W, device=DEVICE).repeat(H * W, 1, 1, 1).requires_grad_()  # an image an output pixel
+    weight = torch.rand(1, 1, *k, device=DEVICE) + 0.5  # no two cancel
+    y = PLAIN[form](x, weight, None, mask_type)
+    jacobian = torch.autograd.grad(y.flatten(1).diagonal().sum(), x)[0].view(H, W, H, W)
+    want = [[[[sees(mask_type, i, j, r, s) and abs(r - i) <= k[0] // 2 and abs(s - j) <= k[1] // 2 for s in range(W)]
+              for r in range(H)] for j in range(W)] for i in range(H)]
+    assert (jacobian != 0).tolist() == want
+
+
+@pytest.mark.parametrize("form", PLAIN)
+def test_what_is_not_seen_does_not_matter(form):
+    """A pixel that changes leaves every pixel before it, and with mask A itself, as it was."""
+    x, weight, bias = inputs((1, 2, 4, 5))
+    want = PLAIN[form](x, weight, bias, "A")
+    x[:, :, 2, 1] += 1e3
+    got = PLAIN[form](x, weight, bias, "A")
+    assert torch.equal(got.flatten(2)[:, :, :12], want.flatten(2)[:, :, :12])
+    assert (got[:, :, 2, 2] != want[:, :, 2, 2]).all() and (got[:, :, 3, :3] != want[:, :, 3, :3]).all()
+
+
+@pytest.mark.parametrize("mask_type, live", [("A", "111 100 000"), ("B", "111 110 000"), ("vertical A", "111 000 000"),
+                                             ("vertical B", "111 111 000"), ("A", "11111 11111 11000 00000 00000")])
+def test_the_mask_written_out(mask_type, live):
+    mask = torch.tensor([[int(c) for c in row] for row in live.split()], device=DEVICE)
+    x, weight, bias = inputs((2, 3, 5, 4), k=mask.shape)
+    want = F.conv2d(x, weight * mask, bias, padding=len(mask) // 2)
+    for f in PLAIN.values():
+        torch.testing.assert_close(f(x, weight, bias, mask_type), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("f", [*PLAIN.values(), gated_masked_conv2d, gated_masked_conv2d_torch])
+@pytest.mark.parametrize("mask_type, live", [("A", 4), ("B", 5), ("vertical A", 3), ("vertical B", 6)])
+def test_dead_taps_have_no_gradient(f, mask_type, live):
+    x, weight, bias = leaves(inputs())
+    gradient = torch.autograd.grad(f(x, weight, bias, mask_type=mask_type).sum(), weight)[0].flatten(2)
+    assert (gradient[:, :, live:] == 0).all() and (gradient[:, :, :live] != 0).all()
+
+
+# ---- values and gradients
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("mask_type", MASKS)
+def test_values_and_gradients(mask_type, channels_last):
+    agree(masked_conv2d, masked_conv2d_reference, (*inputs(channels_last=channels_last), mask_type))
+    agree(gated_masked_conv2d, gated_masked_conv2d_reference, (*inputs(channels_last=channels_last, cond="vector"), mask_type))
+
+
+@pytest.mark.parametrize("shape, k, mask_type", KERNELS)
+def test_kernels_and_odd_sizes(shape, k, mask_type):
+    agree(masked_conv2d, masked_conv2d_reference, (*inputs(shape, 1, k), mask_type))
+    agree(gated_masked_conv2d, gated_masked_conv2d_reference, (*inputs(shape, 2, k, cond="map", channels_last=True), mask_type))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_many_tiles(small, channels_last):
+    agree(masked_conv2d, masked_conv2d_reference, (*inputs((2, 18, 5, 3), 20, channels_last=channels_last), "A"))
+
+
+def test_many_tiles_gated(small):
+    agree(gated_masked_conv2d, gated_masked_conv2d_reference, (*inputs((2, 18, 5, 3), 42, cond="map", channels_last=True), "A"))
+
+
+@pytest.mark.parametrize("cond", ["vector", "1 x 1", "map", "none"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_conditions(cond, with_bias):
+    x, weight, bias, c = inputs(N=6, cond=cond)
+    agree(gated_masked_conv2d, gated_masked_conv2d_reference, (x, weight, bias if with_bias else None, c))
+
+
+def test_without_bias():
+    x, weight, _ = inputs()
+    agree(masked_conv2d, masked_conv2d_reference, (x, weight, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_types(dtype, small):
+    agree(masked_conv2d, masked_conv2d_reference, inputs((1, 3, 4, 5)), dtype)
+    agree(gated_masked_conv2d, gated_masked_conv2d_reference, inputs((1, 3, 4, 5), cond="map", channels_last=True), dtype)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_any_stride(gradient):
+    for last in (False, True):
+        given = inputs((2, 2, 3, 3), channels_last=last, cond="vector")
+        agree(masked_conv2d, masked_conv2d_reference, given[:3], gradient=gradient)
+        agree(gated_masked_conv2d, gated_masked_conv2d_reference, given, gradient=gradient)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_slices(dim):
+    x, weight, bias, cond = inputs((2, 4, 4, 4), 8, cond="map")
+    part = (slice(None),) * dim + (slice(None, None, 2),)
+    x, weight = x[part], weight.transpose(2, 3)[::2, ::2 if dim == 1 else 1]
+    agree(masked_conv2d, masked_conv2d_reference, (x, weight, bias[::2]))
+    cond = cond[:, ::2][part] if dim != 1 else cond[:, 1::2]
+    agree(gated_masked_conv2d, gated_masked_conv2d_reference, (x, weight, bias[::2], cond))
+
+
+def test_one_gradient_at_a_time():
+    """Every subset of inputs that asks for a gradient gets the same as when all ask."""
+    given = inputs(cond="vector")
+    all_of_them = leaves(given)
+    want = torch.autograd.grad(gated_masked_conv2d(*all_of_them).sum(), all_of_them)
+    for i, expected in enumerate(want):
+        alone = [a.detach().clone().requires_grad_(i == j) for j, a in enumerate(given)]
+        assert torch.equal(torch.autograd.grad(gated_masked_conv2d(*alone).sum(), alone[i])[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # exp is infinite, and its inverse 0, as they should be
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_saturated_gate(dtype):
+    x, weight, bias = (a.to(dtype) for a in inputs((1, 2, 3, 3)))
+    for p, q, want in ((1e4, 1e4, 1), (-1e4, 1e4, -1), (1e4, -1e4, 0), (-1e4, -1e4, 0)):
+        cond = torch.tensor([[p, p, q, q]], device=DEVICE, dtype=dtype).requires_grad_()
+        out = gated_masked_conv2d(x, weight, bias, cond)
+        assert (out == want).all()
+        assert (torch.autograd.grad(out.sum(), cond)[0] == 0).all()
+
+
+def test_nothing_in_nothing_out():
+    for f in (masked_conv2d, gated_masked_conv2d):
+        x, weight, bias = leaves(inputs((0, 3, 4, 5)))
+        f(x, weight, bias).sum().backward()
+        assert x.grad.shape == x.shape and (weight.grad == 0).all()
+
+
+# ---- what is refused, what is chosen
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(weight=torch.ones(4, 2, 3, 3)), "do not fit"), (dict(bias=torch.ones(3)), "do not fit"),
+    (dict(x=torch.ones(3, 4, 5)), "do not fit"), (dict(weight=torch.ones(4, 3, 2, 3)), "odd sides"),
+    (dict(weight=torch.ones(4, 3, 1, 1), mask_type="A"), "a live tap"), (dict(mask_type="C"), "must be one of"),
+    (dict(weight=torch.ones(4, 3, 1, 3), mask_type="vertical A"), "a live tap")])
+def test_shapes_that_do_not_fit(change, message):
+    given = dict(zip(("x", "weight", "bias"), inputs(), strict=True)) | change
+    for f in (masked_conv2d, gated_masked_conv2d):
+        with pytest.raises(ValueError, match=message):
+            f(**given)
+
+
+def test_conditions_that_do_not_fit():
+    x, weight, bias = inputs()
+    for cond in (torch.ones(2, 2), torch.ones(1, 4), torch.ones(2, 4, 5, 4), torch.ones(2, 4, 4)):
+        with pytest.raises(ValueError, match="do not fit"):
+            gated_masked_conv2d(x, weight, bias, cond)
+    with pytest.raises(ValueError, match="do not fit"):
+        gated_masked_conv2d(x, weight[:3], bias[:3])
+
+
+def test_auto_is_the_plain_form_and_triton_says_why_it_cannot(monkeypatch):
+    x, weight, bias = inputs()
+    with pytest.raises(RuntimeError, match="weight torch.float64"):
+        masked_conv2d(x, weight.double(), bias)
+    monkeypatch.setattr(kernels, "mode", "auto")
+    monkeypatch.setattr(module, "_conv", None)  # must not be called
+    assert torch.equal(masked_conv2d(x, weight, bias), masked_conv2d_torch(x, weight, bias))
+    assert torch.equal(gated_masked_conv2d(x, weight, bias), gated_masked_conv2d_torch(x, weight, bias))
+    assert module.supports(x, weight, bias) == (False, "in auto the library convolves the live rows")
+
+
+# ---- as operators
+
+
+def test_gradcheck(small):
+    gradcheck(masked_conv2d, (*inputs((1, 1, 2, 2), 1), "A"))
+    gradcheck(gated_masked_conv2d, inputs((1, 1, 2, 2), 2, (1, 3), cond="vector"))
+
+
+@pytest.mark.parametrize("shape, channels_last", [((2, 2, 2, 3), False), ((2, 2, 2, 3), True), ((2, 1, 1, 1), False)])
+def test_as_custom_operators(small, shape, channels_last):
+    x, weight, bias, cond = inputs(shape, 2, channels_last=channels_last, cond="vector")
+    opcheck(module._fwd, (x, weight, bias, 1))
+    opcheck(module._gated_fwd, (x, weight, bias if channels_last else None, cond if channels_last else None, 2))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_backward_operators_say_what_they_return(channels_last):
+    x, weight, bias = inputs(channels_last=channels_last)
+    dy = masked_conv2d(x, weight, bias)
+    pq = dy.contiguous(memory_format=torch.channels_last)
+    both = dy, x, weight, 4
+    for op, args in ((module._dx, both), (module._dweight, both), (module._gate_bwd, (dy[:, :2], pq))):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiles(channels_last):
+    compiles(masked_conv2d, inputs(channels_last=channels_last))
+    compiles(gated_masked_conv2d, inputs(channels_last=channels_last, cond="vector"))
+
+
+def test_deterministic(small):
+    deterministic(masked_conv2d, inputs((1, 2, 5, 4)))
+    deterministic(gated_masked_conv2d, inputs((1, 2, 5, 4), cond="map"))
+
+
+def asked(H, W, k, taps):
+    """Pixels that the live taps reach inside the image, all positions together."""
+    offsets = [(t // k - k // 2, t % k - k // 2) for t in range(taps)]
+    return sum((H - abs(i)) * (W - abs(j)) for i, j in offsets)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="bytes are counted in the interpreter")
+def test_bytes(small):
+    """What is stated: x once a live tap and block of output channels, weights once a block of pixels, the rest once."""
+    (B, C, H, W), N, taps = (2, 16, 4, 4), 32, 4
+    x, weight, bias = inputs((B, C, H, W), N, channels_last=True)
+    live, pixels, blocks_m, blocks_n, blocks_c = taps * C * N, B * H * W, 2, 2, 1
+    reach = B * asked(H, W, 3, taps)  # at most taps * pixels: the border is not read
+    assert reach < taps * pixels
+    with traffic() as moved:
+        y = module._fwd(x, weight, bias, taps)
+    assert moved.total == 4 * (reach * C * blocks_n + (live + N) * blocks_m + y.numel())
+    with traffic() as moved:
+        module._dx(y, x, weight, taps)
+    assert moved.total == 4 * (reach * N * blocks_c + live * blocks_m + x.numel())
+    with traffic() as moved:
+        module._dweight(y, x, weight, taps)
+    assert moved.total == 4 * (reach * C * blocks_n + taps * y.numel() * blocks_c + live * (pixels // 16))
+    with traffic() as moved:
+        out, pq = module._gated_fwd(x, weight, bias, None, taps)
+    assert moved.total == 4 * (reach * C + (live + N) * blocks_m) + nbytes(out, pq)
+    with traffic() as moved:
+        module._gate_bwd(out, pq)
+    assert moved.total == nbytes(out) + 2 * nbytes(pq)
+
+
+# ---- the plain form
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape, k, mask_type", [*KERNELS, *(((2, 3, 5, 4), (5, 5), m) for m in MASKS)])
+def test_the_plain_form_is_the_reference(shape, k, mask_type, channels_last):
+    given = inputs(shape, 4, k, channels_last, cond="vector")
+    agree(masked_conv2d_torch, masked_conv2d_reference, (*given[:3], mask_type), torch.float64)
+    agree(gated_masked_conv2d_torch, gated_masked_conv2d_reference, (*given, mask_type), torch.float64)
+    x, weight, bias, cond = (a.double() for a in given)
+    gate = masked_conv2d_reference(x, weight, bias, mask_type) + cond[:, :, None, None]
+    assert_near(gated_masked_conv2d_torch(x, weight, bias, cond, mask_type), gate[:, :2].tanh() * gate[:, 2:].sigmoid(), 1e-12)
+
+
+@pytest.mark.parametrize("f", [masked_conv2d, masked_conv2d_torch, gated_masked_conv2d, gated_masked_conv2d_torch])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layouts_stay(f, layout):
+    x, weight, bias = inputs()
+    assert f(x.to(memory_format=layout), weight, bias).is_contiguous(memory_format=layout)

@@ -1,0 +1,88 @@
+"""kernels.mode, kernels.report() and an import on machines that have no triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels.group_norm import group_norm_silu
+
+ROOT = Path(__file__).resolve().parents[2]
+INPUTS = torch.randn(2, 4, 3, 3), 2, torch.ones(4), torch.zeros(4)
+
+
+def python(code, **env):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "M2_KERNELS")} | env
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def test_auto_falls_back_and_says_so(monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "auto")
+    kernels.fallbacks.clear()
+    group_norm_silu(*INPUTS)
+    group_norm_silu(*INPUTS)
+    line = next(line for line in kernels.report().splitlines() if line.startswith("group_norm_silu"))
+    assert "torch" in line and "fell back 2 x" in line
+    assert len(kernels.report().splitlines()) == len(kernels.OPS)
+
+
+def test_torch_mode_never_runs_a_kernel(monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "torch")
+    assert not kernels.use_triton("group_norm_silu", INPUTS[0])
+    assert "kernels.mode is 'torch'" in kernels.report()
+
+
+def test_unknown_mode(monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "cuda")
+    with pytest.raises(ValueError, match="must be one of auto, torch, triton"):
+        group_norm_silu(*INPUTS)
+
+
+def test_triton_mode_says_why_it_cannot():
+    """Wrong types anywhere; and, where there is no GPU and no interpreter, the machine."""
+    with pytest.raises(RuntimeError, match="group_norm_silu: kernels.mode is 'triton', but x is torch.int32"):
+        group_norm_silu(INPUTS[0].int(), *INPUTS[1:])
+    if not torch.cuda.is_available():
+        code = "import torch; from kernels.group_norm import group_norm_silu as g; g(torch.ones(1, 2), 1, *torch.ones(2, 2))"
+        done = python(code, M2_KERNELS="triton")
+        assert done.returncode and "but no CUDA device: tensors on cpu" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+def test_without_triton(mode):
+    """macOS and Windows: all files import, auto computes, triton gives the reason, the report too."""
+    files = [p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem != "__init__"]
+    code = ("import sys; sys.modules['triton'] = None\nimport torch, kernels\n"
+            + "".join(f"import kernels.{f}\nassert kernels.{f}.AOT_SPECS == []\n" for f in files)
+            + "print(kernels.report())\nprint(kernels.group_norm.group_norm_silu(torch.ones(1, 2), 1, *torch.ones(2, 2)))")
+    done = python(code, M2_KERNELS=mode)
+    assert "triton is not installed" in done.stdout, done.stderr
+    if mode == "auto":
+        assert done.returncode == 0 and "tensor" in done.stdout
+    else:
+        assert "RuntimeError: group_norm_silu: kernels.mode is 'triton', but triton is not installed" in done.stderr
+
+
+def test_the_report_names_every_operation():
+    for op, file in kernels.OPS.items():
+        assert f"def {op}(" in (ROOT / "kernels" / f"{file}.py").read_text()
+
+
+@pytest.mark.skipif(kernels.INTERPRETING or not torch.cuda.is_available(), reason="the interpreter runs here already")
+def test_in_the_interpreter_as_well():
+    """Where there is a GPU these tests run on it; here they run once more in the interpreter."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", Path(__file__).parent], cwd=ROOT,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    x = torch.randn(2, 4, 3, 3, device="cuda:1")
+    y = group_norm_silu(x, 2, torch.ones(4, device="cuda:1"), torch.zeros(4, device="cuda:1"))
+    assert y.device == x.device and y.isfinite().all()

@@ -1,0 +1,56 @@
+"""The scripts compute the same with their kernels as without."""
+
+import pytest
+import torch
+from harness import DEVICE
+from torch.testing import assert_close
+
+import diffusion
+import kernels
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The operations that ran as Triton kernels since."""
+    ran, use_triton = [], kernels.use_triton
+
+    def use(op, *args, **kwargs):
+        if use_triton(op, *args, **kwargs):
+            ran.append(op)
+            return True
+        return False
+
+    for file in set(kernels.OPS.values()):
+        monkeypatch.setattr(f"kernels.{file}.use_triton", use)
+    return ran
+
+
+def test_diffusion_has_equal_losses_and_gradients(counted):
+    cfg = diffusion.choose(diffusion.Config(width=16, n_head=2))
+    net = diffusion.UNet(1, 10, 1, cfg).to(DEVICE, memory_format=torch.channels_last)
+    for p in net.parameters():  # no branch at zero, so that every gradient says something
+        torch.nn.init.normal_(p, std=0.1)
+    x, y = torch.rand(2, 1, 8, 7, device=DEVICE) * 2 - 1, torch.tensor([3, 10], device=DEVICE)
+    t, eps, results = torch.tensor([0.3, 0.8], dtype=torch.float64, device=DEVICE), torch.randn_like(x), {}
+    for kernels.mode in ("torch", "triton"):
+        loss = diffusion.loss(net, x, y, cfg, t, eps)
+        results[kernels.mode] = [loss, *torch.autograd.grad(loss.mean(), list(net.parameters()))]
+        assert set(counted) == ({"group_norm_silu", "attention"} if kernels.mode == "triton" else set())
+    for name, a, b in zip(["loss", *(n for n, _ in net.named_parameters())], results["torch"], results["triton"], strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item(), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_diffusion_from_the_command_line(counted, tmp_path, monkeypatch):
+    """--kernels torch and --kernels triton: the same run, to rounding."""
+    monkeypatch.setattr(diffusion.Run, "curves", lambda run: None)
+    weights = []
+    for mode in ("torch", "triton"):
+        flags = f"--width 16 --n-head 2 --batch-size 2 --steps 2 --mode train --kernels {mode} --out {tmp_path / mode}"
+        monkeypatch.setattr(diffusion, "evaluate", lambda *args: dict.fromkeys(
+            ("test_bpd", "test_prior", "test_diffusion", "test_reconstruction"), 0.0))
+        monkeypatch.setattr(diffusion, "generate", lambda *args: (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1)))
+        diffusion.main(flags.split())
+        weights.append(torch.load(tmp_path / mode / "checkpoint.pt", weights_only=True)["model"])
+    assert set(counted) == {"group_norm_silu", "attention"}
+    for name in weights[0]:
+        assert_close(weights[0][name], weights[1][name], rtol=1e-2, atol=1e-4)

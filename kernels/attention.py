@@ -273,8 +273,9 @@ def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bi
         programs = n_head * (2 * H - 1) * (2 * cuts - 1)
         splits = max(1, min(triton.cdiv(B * H * cuts, DBIAS_PAIRS), 4096 // programs))
         part = q.new_empty(splits, n_head, 2 * H - 1, 2 * cuts - 1, block, block, dtype=lse.dtype)
+        constants |= {"BLOCK": block, "num_warps": 4 if constants["BLOCK_D"] <= 64 else 8}
         _attention_dbias_kernel[(splits * programs,)](q, do, k, v, table, lse, delta, part, *strides, B, n_head, T, H, W,
-                                                      splits, **constants | {"BLOCK": block, "num_warps": 4})
+                                                      splits, **constants)
     # along diagonals: reversed, and with rows one longer than 2 block - 2, equal i - j stand below each other
     part = F.pad(part.sum(0).flip(-1), (0, block)).flatten(-2)[..., :-block].unflatten(-1, (block, 2 * block - 1)).sum(-2)
     first, second = part[..., :block - 1], part[..., block - 1:]  # which is where the next band's first begins
@@ -340,22 +341,23 @@ def _spec(kernel, dtype, registers, mask=None, **more):
     if "dbias" in kernel:
         nvidia, hip = (x | {"BLOCK": x["STEP"], "num_warps": 4} for x in (nvidia, hip))
     args = dict.fromkeys(("Q", "K", "V", "DO", "A", "A2", "B", "B2", "Out", "DA", "DA2"), f"*{dtype}")
-    args |= dict.fromkeys(("Table", "Lse", "Delta", "DTable", "Part"), "*fp32")
-    args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images", "splits", "length", "chunk"), "i32")
+    args |= dict.fromkeys(("Table", "Lse", "Delta", "DTable"), "*fp32")
+    args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images", "splits"), "i32")
     args |= {"LAG": LAGS[mask], "DOT": dot, "TF32": False} | nvidia | more
     args = {x: args.get(x, "i32:16") for x in globals()[kernel].arg_names}  # strides are multiples of 16
     name = ", ".join([dtype, *filter(None, [mask, args.get("BIAS") and "bias", args.get("KEYS") and "keys"])])
     # float32 products with all digits use no matrix unit on sm_80
-    return Spec(kernel, name, args, nvidia["num_warps"], nvidia["num_stages"], registers,
-                matrix=dtype != "fp32", hip=hip)
+    return Spec(kernel, name, args, nvidia["num_warps"], nvidia["num_stages"], registers, matrix=dtype != "fp32", hip=hip)
 
 
 AOT_SPECS = [] if triton is None else [
-    *(spec for t in ("fp32", "bf16", "fp16") for spec in (
+    spec for t, fwd, rows, keys, dbias in (
+        ("fp32", 112, 112, 136, 176), ("bf16", 240, 208, 255, 236), ("fp16", 240, 208, 255, 236))
+    for spec in (
         *(spec for mask, bias in (("strict", False), ("causal", True)) for spec in (
-            _spec("_attention_fwd_kernel", t, 255, mask, BIAS=bias),
-            _spec("_attention_bwd_kernel", t, 255, mask, BIAS=bias, KEYS=False),
-            _spec("_attention_bwd_kernel", t, 255, mask, BIAS=bias, KEYS=True))),
-        _spec("_attention_dbias_kernel", t, 255, "causal"),
-    )),
+            _spec("_attention_fwd_kernel", t, fwd, mask, BIAS=bias),
+            _spec("_attention_bwd_kernel", t, rows, mask, BIAS=bias, KEYS=False),
+            _spec("_attention_bwd_kernel", t, keys, mask, BIAS=bias, KEYS=True))),
+        _spec("_attention_dbias_kernel", t, dbias, "causal"),
+    )
 ]

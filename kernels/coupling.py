@@ -38,7 +38,7 @@ MIN = 1e-3  # the least width and height of a bin, as a share of 2 * tail_bound,
 END = math.log(math.expm1(1 - MIN))  # what makes a derivative 1, as it is at both tails
 BLOCK = 1024  # elements of an affine program
 CHUNK = 1 << 16  # elements of x that the plain spline takes at once, so that what it computes of them stays in the cache
-TILE = 2048  # bytes of widths that a spline program holds, bins rounded up to a power of two
+TILE = 512  # widths that a spline program holds, bins rounded up to a power of two; half as many where INNER is 1
 
 
 def affine_coupling_reference(x, params, mask_or_split, reverse=False, s_max=2.0):
@@ -333,11 +333,11 @@ def _layout(x, params, mask, split, bound, reverse):
     (x, last), params, C, n = _dense(x), _as(params, x), x.shape[1], x[0].numel()
     acc = tl.float64 if accumulator(x) == torch.float64 else tl.float32
     if split is None:
-        K = (params.shape[1] // C + 1) // 3
+        K, inner = (params.shape[1] // C + 1) // 3, 1 if last else n // C
         bins = triton.next_power_of_2(K)
-        block = min(max(TILE // params.element_size() // bins, 1), triton.next_power_of_2(n))
-        more = {"tail_bound": bound, "MIN": MIN, "INNER": 1 if last else n // C, "K": K, "KP": bins,
-                "num_warps": 1}  # so that sums over bins stay within a thread
+        block = min(max(TILE // bins // (2 if inner == 1 else 1), 1), triton.next_power_of_2(n))
+        more = {"tail_bound": bound, "MIN": MIN, "INNER": inner, "K": K, "KP": bins}
+        more |= {"num_warps": 1}  # so that sums over bins stay within a warp
     else:
         if mask is not None:
             mask = (mask != 0).expand(x.shape[1:]).movedim(0, -1 if last else 0).to(torch.uint8).contiguous()
@@ -436,7 +436,7 @@ def _specs(kernels, name, sizes, registers, num_warps=4, vector=True):
             for reverse in (False, True):
                 args = dict.fromkeys(("X", "Y", "Params", "DY", "DX", "DParams"), f"*{dtype}") | {"Mask": None, "MIN": MIN}
                 args |= {"Partial": "*fp32", "DL": "*fp32", "ACC": tl.float32, "tail_bound": 3.0, "s_max": 2.0}
-                args |= {"BLOCK": 64 if dtype == "fp32" else 128, "REVERSE": reverse} | sizes
+                args |= {"REVERSE": reverse} | sizes
                 yield Spec(kernel, f"{dtype}, {name}{', reverse' * reverse}", args, num_warps, 3, most, vector)
 
 
@@ -444,7 +444,7 @@ _AFFINE, _SPLINE = ("_affine_fwd_kernel", "_affine_bwd_kernel"), ("_spline_fwd_k
 AOT_SPECS = [] if triton is None else [
     *_specs(_AFFINE, "8x14x14, split", {"n": 1568, "INNER": 1568, "KEPT": 784, "BLOCK": 1024}, (48, 48)),
     *_specs(_AFFINE, "mask", {"n": 784, "INNER": 784, "KEPT": 0, "BLOCK": 1024, "Mask": "*u8"}, (48, 48)),
-    *_specs(_SPLINE, "4x14x14, 8 bins", {"n": 784, "INNER": 196, "K": 8, "KP": 8}, (136, 208), 1),
+    *_specs(_SPLINE, "4x14x14, 8 bins", {"n": 784, "INNER": 196, "K": 8, "KP": 8, "BLOCK": 64}, (128, 160), 1),
     # the parameters of an element of a vector are 23 numbers in a row, that begin anywhere
-    *_specs(_SPLINE, "64, 8 bins", {"n": 64, "INNER": 1, "K": 8, "KP": 8, "BLOCK": 64}, (136, 208), 1, vector=False),
+    *_specs(_SPLINE, "64, 8 bins", {"n": 64, "INNER": 1, "K": 8, "KP": 8, "BLOCK": 32}, (128, 160), 1, vector=False),
 ]

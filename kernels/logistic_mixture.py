@@ -4,7 +4,7 @@
 
 x on the scale from -1 to 1, where its 256 levels are 2/255 apart; the lower end of level 0 is -infinity and the upper
 end of level 255 is infinity, so that p sums to 1 over the levels, exactly. With three channels green's means shift by
-c0 red, blue's by c1 red + c2 green (eq. 3), and pi is shared by the channels. log_scales below -7 count as -7.
+c0 red, blue's by c1 red + c2 green (eq. 3), and pi is shared by the channels. log_scales up to -7 count as -7.
 
 x (B, C, H, W), C = 1 or 3, levels {0..255}; params (B, K, H, W), whose K = 3M or 10M channels are logits (M), means
 (C, M), log_scales (C, M) and, where C = 3, coefficients before their tanh (3, M). The result (B, H, W) is in nats.

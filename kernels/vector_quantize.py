@@ -36,8 +36,7 @@ def nearest_code_reference(z, codebook):
     acc = accumulator(_wider(z, codebook))
     x, e = z.detach().reshape(-1, z.shape[-1]).to(acc), codebook.detach().to(acc)
     indices = (x.square().sum(1, keepdim=True) - 2 * x @ e.T + e.square().sum(1)).argmin(1)
-    counts = (indices[:, None] == torch.arange(len(e), device=e.device)).sum(0)
-    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1]), counts
+    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1]), torch.bincount(indices, minlength=len(e))
 
 
 def nearest_code_torch(z, codebook):

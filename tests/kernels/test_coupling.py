@@ -29,7 +29,7 @@ both_ways = pytest.mark.parametrize("reverse", [False, True])
 def small(monkeypatch):
     """Few elements make many programs."""
     monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "TILE", 256)
+    monkeypatch.setattr(module, "TILE", 32)
 
 
 def affine(mask_or_split, reverse=False, f=affine_coupling):

@@ -81,18 +81,21 @@ def test_bfloat16_has_the_codes_of_its_float32_copy():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_tf32_and_bfloat16_do_not_tell_apart(form):
-    """Numbers that differ in their 15th binary digit, in the codes and then in the vector; products of fewer digits fail."""
+    """Numbers that differ in their last digits, in the codes and then in the vector; products of fewer digits fail.
+
+    The reference, which adds |z|^2, has fewer digits left.
+    """
     def digits(x, n):
         return x.view(torch.int32).bitwise_and(-1 << (24 - n)).view(torch.float32)
 
     order = torch.randperm(70, device=DEVICE)
-    length = 1 + order.float() * 2**-15
-    z, codebook = torch.full((1, 16), 4.0, device=DEVICE), length[:, None].expand(70, 16)
+    length = 1 + 2**-9 + order.float() * 2**-(15 if form == "reference" else 22)
+    z, codebook = torch.full((1, 1), 4.0, device=DEVICE), length[:, None]
     assert FORMS[form](z, codebook)[1].tolist() == [order.argmax().item()] == brute_force(z, codebook).argmin(1).tolist()
     z2, codebook2 = length[None, :], 4 * torch.eye(70, device=DEVICE)
     assert FORMS[form](z2, codebook2)[1].tolist() == [order.argmax().item()] == brute_force(z2, codebook2).argmin(1).tolist()
     for n in (8, 11):
-        assert (codebook.square().sum(1) - 2 * z @ digits(codebook.contiguous(), n).T).argmin() != order.argmax()
+        assert (codebook.square().sum(1) - 2 * z @ digits(codebook, n).T).argmin() != order.argmax()
         assert (codebook2.square().sum(1) - 2 * digits(z2, n) @ codebook2.T).argmin() != order.argmax()
 
 
@@ -113,7 +116,7 @@ def test_what_is_not_finite_never_wins(large, form, dtype):
     z, codebook = (x.to(dtype) for x in inputs(12, 9, 70))
     codebook[[0, 3, 40]] = torch.tensor([[float("nan")], [float("inf")], [-float("inf")]], device=DEVICE, dtype=dtype)
     codebook[5, 2], codebook[6, 0] = float("nan"), 1e30  # whose square overflows
-    z[1, 4], z[2], z[3, 8], z[4, 0] = float("nan"), float("inf"), -float("inf"), float("inf")
+    z[0], z[1, 4], z[2], z[3, 8], z[4, 0] = 0, float("nan"), float("inf"), -float("inf"), float("inf")
     usable = torch.ones(70, dtype=torch.bool, device=DEVICE)
     usable[[0, 3, 5, 6, 40]] = False
     want = brute_force(z, codebook).masked_fill(~usable, float("inf")).argmin(1)
@@ -121,6 +124,11 @@ def test_what_is_not_finite_never_wins(large, form, dtype):
     z_q, indices, counts = FORMS[form](z, codebook)
     assert torch.equal(indices, want) and counts.sum() == 12
     assert FORMS[form](z, torch.full_like(codebook, float("nan")))[1].sum() == 0
+    finite = torch.randn(64, 9, device=DEVICE).to(dtype)
+    finite[0, 0], finite[0, 8] = -1, 1  # so that its products with those infinities are not the lowest
+    want = brute_force(z, finite).argmin(1)
+    want[1:5] = 0
+    assert torch.equal(FORMS[form](z, finite)[1], want)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,6 +1,6 @@
 """nearest_code at a script's shape, at larger ones, and with more codes; cdist is what one would write without it.
 
-    pytest tests/benchmarks/test_vector_quantize.py --benchmark-only
+    pytest tests/benchmarks/test_vector_quantize_speed.py --benchmark-only
 """
 
 import pytest

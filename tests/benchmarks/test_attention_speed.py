@@ -1,4 +1,4 @@
-"""attention at the scripts' shapes and two larger ones: pytest tests/benchmarks/test_attention_speed.py --benchmark-only; memory."""
+"""attention at the scripts' shapes and two larger ones, with --benchmark-only; memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""bias_act at a discriminator's shapes, to the second derivative: pytest tests/benchmarks/test_bias_act_speed.py --benchmark-only."""
+"""bias_act at a discriminator's shapes, to the second derivative, with --benchmark-only."""
 
 import pytest
 import torch

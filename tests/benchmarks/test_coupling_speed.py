@@ -1,4 +1,4 @@
-"""Both couplings at a flow's shape and two larger ones: pytest tests/benchmarks/test_coupling_speed.py --benchmark-only."""
+"""Both couplings at a flow's shape and two larger ones, with --benchmark-only."""
 
 import functools
 

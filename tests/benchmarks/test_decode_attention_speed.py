@@ -1,4 +1,4 @@
-"""decode_attention at growing lengths of the cache: pytest tests/benchmarks/test_decode_attention_speed.py --benchmark-only."""
+"""decode_attention at growing lengths of the cache, with --benchmark-only."""
 
 import pytest
 import torch

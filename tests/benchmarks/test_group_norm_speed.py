@@ -1,4 +1,4 @@
-"""group_norm_silu at diffusion.py's shapes and two larger ones: pytest tests/benchmarks/test_group_norm_speed.py --benchmark-only."""
+"""group_norm_silu at diffusion.py's shapes and two larger ones, with --benchmark-only."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""logistic_mixture, and the textbook form beside it: pytest tests/benchmarks/test_logistic_mixture_speed.py --benchmark-only."""
+"""logistic_mixture, and the textbook form beside it, with --benchmark-only."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Masked convolutions at a PixelCNN's shapes and larger: pytest tests/benchmarks/test_masked_conv_speed.py --benchmark-only."""
+"""Masked convolutions at a PixelCNN's shapes and larger, with --benchmark-only."""
 
 import pytest
 import torch

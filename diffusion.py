@@ -927,12 +927,14 @@ class Run:
 
 
 def launch(main):
-    """main(), with what the machine refuses (files, memory) said in one line."""
+    """main(), with what the machine refuses (files, memory, kernels) said in one line."""
     try:
         main()
     except OSError as e:
         fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
     except (MemoryError, RuntimeError) as e:
+        if "kernels.mode is 'triton'" in str(e):
+            fail(f"--kernels triton: {e}")
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise
         fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)

@@ -5,6 +5,7 @@ import torch
 from harness import DEVICE
 from torch.testing import assert_close
 
+import autoregressive
 import diffusion
 import kernels
 
@@ -54,3 +55,40 @@ def test_diffusion_from_the_command_line(counted, tmp_path, monkeypatch):
     assert set(counted) == {"group_norm_silu", "attention"}
     for name in weights[0]:
         assert_close(weights[0][name], weights[1][name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields, ran", [
+    ({"output": "mixture"}, {"masked_conv2d", "gated_masked_conv2d", "logistic_mixture"}),
+    ({"mask_only": True}, {"masked_conv2d"}), ({"arch": "transformer"}, {"attention"})], ids=str)
+def test_autoregressive_has_equal_likelihoods_and_gradients(fields, ran, counted):
+    cfg = autoregressive.Config(width=16, blocks=1, n_head=1, patch=1, mixtures=2, **fields)
+    net = autoregressive.Autoregressive(1, 4, 5, 3, cfg).to(DEVICE)
+    x, y, results = torch.randint(0, net.levels, (2, 1, 4, 5), device=DEVICE), torch.tensor([0, 2], device=DEVICE), {}
+    for kernels.mode in ("torch", "triton"):
+        nats = autoregressive.log_likelihood(net, x, y, cfg)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        results[kernels.mode] = [nats, *torch.autograd.grad(nats.mean(), parameters, allow_unused=True)]
+    assert set(counted) == ran
+    for a, b in zip(results["torch"], results["triton"], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
+
+
+def test_cached_sampling_attends_with_the_kernel(counted):
+    cfg = autoregressive.Config(arch="transformer", width=16, blocks=1, n_head=1, patch=1)
+    net = autoregressive.Autoregressive(1, 2, 3, 3, cfg).to(DEVICE).eval()
+    y, noise, drawn = torch.tensor([0, 2], device=DEVICE), torch.rand(2, 1, 2, 3, device=DEVICE), []
+    for kernels.mode in ("torch", "triton"):
+        drawn.append(autoregressive.sample(net, y, noise, cfg)[0])
+    assert set(counted) == {"decode_attention"} and torch.equal(*drawn)
+
+
+def test_what_a_kernel_does_not_take_is_one_line(tmp_path, capsys):
+    """Heads of 8 channels in --kernels triton: the operation and the reason, exit code 2."""
+    flags = f"--width 8 --n-head 2 --batch-size 2 --steps 1 --kernels triton --out {tmp_path / 'run'}"
+    with pytest.raises(SystemExit) as stop:
+        diffusion.launch(lambda: diffusion.main(flags.split()))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1
+    assert "error: --kernels triton: attention: " in line and "head_dim 8" in line

@@ -25,6 +25,7 @@ import copy
 import math
 from dataclasses import dataclass
 from itertools import count, product
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -119,8 +120,8 @@ FREE = """mode data_dir steps minutes device amp compile kernels out resume over
 
 
 # ---- the model: a trunk gives each position features of the positions before it, a head the distribution of its pixels
-# A trunk's forward(x, y) sees the whole image, x (B,C,H,W) in [-1,1] -> (B,width,H,W). Its begin(x, y) and step(x, i, j)
-# compute the same for one position, from what they keep of the positions before: x is filled in between the calls.
+# A trunk's forward(x, y) sees the whole image, x (B,C,H,W) in [-1,1] -> (B,width,H,W). cache = begin(x, y), then
+# step(cache, x, i, j) for one position after the other, gives the same: the cache keeps what is needed of those before.
 
 
 class GatedBlock(nn.Module):
@@ -169,37 +170,38 @@ class GatedPixelCNN(nn.Module):
     def begin(self, x, y):
         """Empty caches: of each block's v the rows so far, of its h the row under way."""
         B, _, H, W = x.shape
-        self.y, self.rows = y, [x.new_zeros(B, self.features, H + self.r, W) for _ in self.blocks]
-        self.row = [x.new_zeros(B, W + self.r, self.features) for _ in self.blocks]
-        self.flat = [(b.h_conv.weight[:, :, 0, :self.r + 1].permute(2, 1, 0).flatten(0, 1),  # live taps
-                      b.h_out.weight[:, :, 0, 0].T, b.h_out.bias) for b in self.blocks]
-        self.first = self.h_in.weight[:, :, 0, :self.r].flatten(1).T, self.h_in.bias
-        self.last = self.skip.weight[:, :, 0, 0].T, self.skip.bias
+        rows = [x.new_zeros(B, self.features, H + self.r, W) for _ in self.blocks]
+        row = [x.new_zeros(B, W + self.r, self.features) for _ in self.blocks]
+        flat = [(b.h_conv.weight[:, :, 0, :self.r + 1].permute(2, 1, 0).flatten(0, 1),  # live taps
+                 b.h_out.weight[:, :, 0, 0].T, b.h_out.bias) for b in self.blocks]
+        first = self.h_in.weight[:, :, 0, :self.r].flatten(1).T, self.h_in.bias
+        last = self.skip.weight[:, :, 0, 0].T, self.skip.bias
+        return SimpleNamespace(y=y, rows=rows, row=row, flat=flat, first=first, last=last)
 
-    def begin_row(self, x, i):
+    def begin_row(self, cache, x, i):
         """The whole row i of the vertical stack, which depends on the rows above alone."""
         r = self.r
         above = F.pad(x[:, :, max(i - r, 0):i], (r, r, max(r - i, 0), 0))  # (B, C, r, W+2r)
-        v, self.cond = self.v_in(above), []
-        for block, rows, row in zip(self.blocks, self.rows, self.row, strict=True):
+        v, cache.cond = self.v_in(above), []
+        for block, rows, row in zip(self.blocks, cache.rows, cache.row, strict=True):
             rows[:, :, i + r] = v[:, :, 0]
-            v, cond = block.vertical(rows[:, :, i:i + r + 1], self.y, (r, r, 0, 0))
-            self.cond.append(cond[:, :, 0].permute(2, 0, 1) + block.h_conv.bias)  # (W, B, 2*width)
+            v, cond = block.vertical(rows[:, :, i:i + r + 1], cache.y, (r, r, 0, 0))
+            cache.cond.append(cond[:, :, 0].permute(2, 0, 1) + block.h_conv.bias)  # (W, B, 2*width)
             row.zero_()
 
-    def step(self, x, i, j):
+    def step(self, cache, x, i, j):
         if j == 0:
-            self.begin_row(x, i)
+            self.begin_row(cache, x, i)
         r, width, gs = self.r, self.features, []
         left = F.pad(x[:, :, i, max(j - r, 0):j], (max(r - j, 0), 0))  # (B, C, r)
-        h = torch.addmm(self.first[1], left.flatten(1), self.first[0])  # (B, width)
-        for row, cond, (w, w_out, b_out) in zip(self.row, self.cond, self.flat, strict=True):
+        h = torch.addmm(cache.first[1], left.flatten(1), cache.first[0])  # (B, width)
+        for row, cond, (w, w_out, b_out) in zip(cache.row, cache.cond, cache.flat, strict=True):
             row[:, j + r] = h
             a = torch.addmm(cond[j], row[:, j:j + r + 1].flatten(1), w)  # (B, 2*width)
             g = torch.tanh(a[:, :width]) * torch.sigmoid(a[:, width:])
             h = h + torch.addmm(b_out, g, w_out)
             gs.append(g)
-        return F.relu(torch.addmm(self.last[1], torch.cat(gs, 1), self.last[0]))
+        return F.relu(torch.addmm(cache.last[1], torch.cat(gs, 1), cache.last[0]))
 
 
 class MaskedPixelCNN(nn.Module):
@@ -220,22 +222,23 @@ class MaskedPixelCNN(nn.Module):
     def begin(self, x, y):
         """Of every convolution the live rows of its kernel, and its input so far, zero-padded."""
         B, _, H, W = x.shape
-        self.start, self.caches = self.label(y), []
+        caches = []
         for conv, mask_type in [(self.first, "A"), *((conv, "B") for conv in self.convs)]:
             k = conv.kernel_size[0]
             live = conv.weight[:, :, :k // 2 + 1].clone()
             live[:, :, -1, k // 2 + (mask_type == "B"):] = 0
-            self.caches.append((x.new_zeros(B, conv.in_channels, H + k // 2, W + k - 1), live.flatten(1).T, conv.bias, k))
+            caches.append((x.new_zeros(B, conv.in_channels, H + k // 2, W + k - 1), live.flatten(1).T, conv.bias, k))
+        return SimpleNamespace(start=self.label(y), inputs=caches)
 
-    def step(self, x, i, j):
-        cache, live, bias, k = self.caches[0]
+    def step(self, cache, x, i, j):
+        seen, live, bias, k = cache.inputs[0]
         if j > 0 or i > 0:  # the position before, which is known by now
             before = (i, j - 1) if j > 0 else (i - 1, x.shape[3] - 1)
-            cache[:, :, before[0] + k // 2, before[1] + k // 2] = x[:, :, before[0], before[1]]
-        h = self.start + torch.addmm(bias, cache[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
-        for cache, live, bias, k in self.caches[1:]:
-            cache[:, :, i + k // 2, j + k // 2] = F.relu(h)
-            h = h + torch.addmm(bias, cache[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
+            seen[:, :, before[0] + k // 2, before[1] + k // 2] = x[:, :, before[0], before[1]]
+        h = cache.start + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
+        for seen, live, bias, k in cache.inputs[1:]:
+            seen[:, :, i + k // 2, j + k // 2] = F.relu(h)
+            h = h + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
         return F.relu(h)
 
 
@@ -281,15 +284,15 @@ class Transformer(nn.Module):
 
     def begin(self, x, y):
         B, _, H, W = x.shape
-        self.positions, self.first = self.where(), self.start(y)
         size = (2, B, self.blocks[0].n_head, H * W, self.features // self.blocks[0].n_head)
-        self.caches = [x.new_zeros(size) for _ in self.blocks]  # keys and values
+        kept = [x.new_zeros(size) for _ in self.blocks]  # keys and values
+        return SimpleNamespace(where=self.where(), first=self.start(y), kept=kept)
 
-    def step(self, x, i, j):
+    def step(self, cache, x, i, j):
         t = i * x.shape[3] + j
-        token = self.embed(x.flatten(2)[:, :, t - 1]) if t else self.first
-        token = (token + self.positions[t])[:, None]  # (B, 1, width)
-        for block, (keys, values) in zip(self.blocks, self.caches, strict=True):
+        token = self.embed(x.flatten(2)[:, :, t - 1]) if t else cache.first
+        token = (token + cache.where[t])[:, None]  # (B, 1, width)
+        for block, (keys, values) in zip(self.blocks, cache.kept, strict=True):
             def attend(q, k, v, keys=keys, values=values):
                 keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
                 return decode_attention(q, keys, values, t + 1)
@@ -328,19 +331,20 @@ class MADE(nn.Module):
         return h.view(B, H * W, -1).transpose(1, 2).reshape(B, -1, H, W)
 
     def begin(self, x, y):
-        self.cached = self.weights()
-        self.units = [x.new_zeros(len(x), len(weight)) for weight in self.cached[0]]
-        self.biases = [self.layers[0].bias + self.label(y), *(layer.bias.expand(len(x), -1) for layer in self.layers[1:])]
+        weights, out = self.weights()
+        units = [x.new_zeros(len(x), len(weight)) for weight in weights]
+        biases = [self.layers[0].bias + self.label(y), *(layer.bias.expand(len(x), -1) for layer in self.layers[1:])]
+        return SimpleNamespace(weights=weights, out=out, units=units, biases=biases)
 
-    def step(self, x, i, j):
+    def step(self, cache, x, i, j):
         t, h = i * x.shape[3] + j, x.flatten(2).transpose(1, 2).flatten(1)
         if t > 0:
             new = slice(self.ends[t - 2] if t > 1 else 0, self.ends[t - 1])  # the units of degree t - 1
-            for weight, bias, units in zip(self.cached[0], self.biases, self.units, strict=True):
+            for weight, bias, units in zip(cache.weights, cache.biases, cache.units, strict=True):
                 units[:, new] = F.relu(torch.addmm(bias[:, new], h, weight[new].T))
                 h = units
         out = slice(t * self.features, (t + 1) * self.features)
-        return F.linear(self.units[-1], self.cached[1][out], self.out.bias[out])
+        return F.linear(cache.units[-1], cache.out[out], self.out.bias[out])
 
 
 class Head(nn.Module):
@@ -462,10 +466,10 @@ def sample(model, y, noise, cfg, given=None):
     cached = cfg.sampler == "cached"
     if cached:
         scaled = model.scale(x).to(noise)
-        model.trunk.begin(scaled, y)
+        cache = model.trunk.begin(scaled, y)
     for i, j in product(range(rows), range(columns)):
         if cached:
-            h = model.trunk.step(scaled, i, j)[:, :, None, None]  # (B, F, 1, 1)
+            h = model.trunk.step(cache, scaled, i, j)[:, :, None, None]  # (B, F, 1, 1)
         for c in range(C):
             params = model.head(h, x[:, :, i:i + 1, j:j + 1])[:, c, :, 0, 0] if cached else model(x, y)[:, c, :, i, j]
             x[:, c, i, j] = redraw(params, noise[:, c, i, j], given[:, c, i, j])
@@ -516,7 +520,7 @@ def train(model, ema, data, cfg, run):
         run.log(loss=nats / x[0].numel(), nats=nats, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            images, _ = generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)
+            images, *_ = generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)
             save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
     run.save(parts)
     run.check()
@@ -541,15 +545,17 @@ def evaluate(ema, data, cfg, run):
 
 
 def generate(ema, n, shape, classes, cfg, run):
-    """n images (n,C,H,W) uint8 and labels (n,), from the averaged weights and the noise of --seed."""
+    """n images (n,C,H,W) uint8, labels (n,) and the passes used, from the averaged weights and the noise of --seed."""
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
-    images = []
+    images, passes = [], 0
     for y in labels.split(BATCH):
         run.check()
         noise = torch.rand(len(y), *shape, generator=generator).to(run.device)
-        images.append(to_uint8(sample(ema, y.to(run.device) * cfg.labels, noise, cfg)[0], cfg))
-    return torch.cat(images), labels
+        levels, used = sample(ema, y.to(run.device) * cfg.labels, noise, cfg)
+        images.append(to_uint8(levels, cfg))
+        passes = max(passes, used)
+    return torch.cat(images), labels, passes
 
 
 def show_completions(ema, data, cfg, run, each=4):
@@ -1061,12 +1067,14 @@ def main(argv=None):
               f"images, {kind}{', the mean of p(x | y) over the classes' * ('test_nats_given_label' in metrics)})")
     if cfg.mode != "eval":
         start = time.monotonic()
-        images, labels = generate(ema, cfg.num_samples, (C, H, W), classes, cfg, run)
+        images, labels, passes = generate(ema, cfg.num_samples, (C, H, W), classes, cfg, run)
         seconds = time.monotonic() - start
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes and cfg.labels else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", 10)
-        print(f"{len(images)} samples in {seconds:.1f} s in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
+        unit = "steps" if cfg.sampler == "cached" else "passes"
+        print(f"{len(images)} samples in {seconds:.1f} s ({cfg.sampler}: {passes} {unit} for {C * H * W} pixels), "
+              f"in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
     if cfg.complete != "no":
         show_completions(ema, data, cfg, run)
 

@@ -1,9 +1,12 @@
 """The mathematics of autoregressive.py: causality by autograd and by perturbation, exact likelihoods, equal samplers."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -184,9 +187,9 @@ def test_a_step_gives_the_features_of_a_pass(arch, B, H, W):
     x, y = torch.randn(B, 2, H, W, dtype=torch.float64), torch.arange(B) % 3
     with torch.no_grad():
         whole, so_far = net.trunk(x, y), torch.zeros_like(x)
-        net.trunk.begin(so_far, y)
+        cache = net.trunk.begin(so_far, y)
         for i, j in itertools.product(range(H), range(W)):
-            assert_close(net.trunk.step(so_far, i, j), whole[:, :, i, j])
+            assert_close(net.trunk.step(cache, so_far, i, j), whole[:, :, i, j])
             so_far[:, :, i, j] = x[:, :, i, j]
 
 
@@ -272,6 +275,34 @@ def test_every_option_runs(digits, tmp_path, flags):
         assert set(np.unique(images)) <= {0, 255}
     assert (out / "complete.png").exists() == ("--complete" in flags)
     assert math.isfinite(final(out)["test_nats"])
+
+
+def test_the_passes_used_are_told(digits, tmp_path, capsys):
+    """Against the pixels of an image: 64 passes for the naive sampler, at most 65 for the fixed point."""
+    told = {}
+    for sampler in ("naive", "jacobi"):
+        autoregressive.main([*TINY, "--out", str(tmp_path / sampler), "--sampler", sampler])
+        told[sampler] = int(re.search(rf"\({sampler}: (\d+) passes for 64 pixels\)", capsys.readouterr().out)[1])
+    assert told["naive"] == 64 and 1 < told["jacobi"] <= 65
+
+
+@every_arch
+@every_output
+def test_a_lone_copy_computes_the_same(arch, output, monkeypatch):
+    """Without the folder kernels/, the few lines under `except ImportError` take the operations' place."""
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    for name in [n for n in sys.modules if n.startswith("kernels.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("lone", autoregressive.__file__)
+    monkeypatch.setitem(sys.modules, "lone", lone := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(lone)
+    assert lone.masked_conv2d.__module__ == lone.logistic_mixture.__module__ == lone.decode_attention.__module__ == "lone"
+    net, cfg = build((1, 4, 5), arch, output=output)
+    copy = lone.Autoregressive(1, 4, 5, 3, cfg).double().eval()
+    copy.load_state_dict(net.state_dict())
+    x, y, noise = levels(net, 3, 1, 4, 5), torch.tensor([0, 1, 2]), torch.rand(3, 1, 4, 5, dtype=torch.float64)
+    assert_close(lone.log_likelihood(copy, x, y, cfg), log_likelihood(net, x, y, cfg))
+    assert torch.equal(lone.sample(copy, y, noise, cfg)[0], sample(net, y, noise, cfg)[0])
 
 
 def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path):

@@ -43,6 +43,11 @@ OPS = {  # operation: its file
     "logistic_mixture": "logistic_mixture",
     "bias_act": "bias_act",
 }
+LIBRARY = {  # operation: the calls that "auto" leaves to the kernels that come with PyTorch, faster or not yet timed
+    "attention": "calls without bias and strict",
+    "masked_conv2d": "all calls",
+    "gated_masked_conv2d": "all calls",
+}
 mode = os.environ.get("M2_KERNELS", "auto")
 fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: how often auto fell back for it
 
@@ -63,11 +68,12 @@ def available(device=None):
     return True, f"triton {triton.__version__} on {name}"
 
 
-def use_triton(op, x, supported=(True, ""), least=0, elementwise=False):
+def use_triton(op, x, supported=(True, ""), least=0, elementwise=False, library=False):
     """Whether op is to run its Triton kernels on x: the choice of `mode`, and of size and compiler where that is "auto".
 
     supported: (bool, reason), what the operation's own supports() said of the arguments. least: number of elements of x
-    below which a launch is not worth it. elementwise: the compiler fuses such an operation better itself.
+    below which a launch is not worth it. elementwise: the compiler fuses such an operation better itself. library: this
+    call is one of those that LIBRARY names.
     Raises ValueError for an unknown mode, RuntimeError where the mode is "triton" and it cannot run.
     """
     if mode not in MODES:
@@ -82,7 +88,7 @@ def use_triton(op, x, supported=(True, ""), least=0, elementwise=False):
         return x.numel() > 0
     if ok and (INTERPRETING or x.numel() < least):
         ok, reason = False, "the interpreter is for tests" if INTERPRETING else f"fewer than {least} elements"
-    if elementwise and torch.compiler.is_compiling():
+    if library or elementwise and torch.compiler.is_compiling():
         return False
     if not ok and not torch.compiler.is_compiling():
         fallbacks[op][reason] += 1
@@ -99,8 +105,10 @@ def report():
     lines = []
     for op, file in OPS.items():
         fell = ", ".join(f"{n} x {why}" for why, n in fallbacks[op].items())
-        runs = "triton" if ok else "error " if mode == "triton" else "torch "
-        lines.append(f"{op:20} {runs}  {reason} (kernels/{file}.py)" + f"; fell back {fell}" * bool(fell))
+        left = LIBRARY.get(op, "") if mode == "auto" and ok else ""
+        runs = "triton" if ok and left != "all calls" else "error " if mode == "triton" else "torch "
+        lines.append(f"{op:20} {runs}  {reason} (kernels/{file}.py)" + f"; {left} go to PyTorch's own kernels" * bool(left)
+                     + f"; fell back {fell}" * bool(fell))
     return "\n".join(lines)
 
 

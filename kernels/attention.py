@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-
 from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
 from .decode_attention import _at, _load, _rows, decode_attention  # noqa: F401
 
@@ -328,9 +326,7 @@ def attention(q, k, v, mask=None, bias=None):
     if bias is not None and (bias.dim() != 3 or len(bias) != q.shape[1] or not bias.shape[1] % 2 == bias.shape[2] % 2 == 1
                              or (bias.shape[1] + 1) * (bias.shape[2] + 1) != 4 * q.shape[2]):
         raise ValueError(f"attention: bias {tuple(bias.shape)} must be (n_head, 2H-1, 2W-1), H*W = T, for q {tuple(q.shape)}")
-    if kernels.mode == "auto" and bias is None and mask != "strict":
-        return attention_torch(q, k, v, mask)  # PyTorch's own kernels win
-    if use_triton("attention", q, supports(q, k, v, bias)):
+    if use_triton("attention", q, supports(q, k, v, bias), library=bias is None and mask != "strict"):
         return _fwd(q, k, v, bias, LAGS[mask])[0]
     return attention_torch(q, k, v, mask, bias)
 

@@ -29,8 +29,6 @@ plain form, mode "triton" these kernels. Fewer than 16 input channels waste the 
 import torch
 import torch.nn.functional as F
 
-import kernels
-
 from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
 
 BLOCKS = {2: (128, 64, 32), 4: (64, 32, 16)}  # bytes of an element: pixels, output channels (half where gated), input channels
@@ -319,8 +317,6 @@ _gated_fwd.register_autograd(_gated_backward, setup_context=_gated_save)
 
 
 def supports(x, weight, bias, cond=None):
-    if kernels.mode == "auto":
-        return False, "in auto the library convolves the live rows"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return False, f"x is {x.dtype}"
     for name, a in {"weight": weight, "bias": bias, "cond": cond}.items():
@@ -354,7 +350,7 @@ def masked_conv2d(x, weight, bias=None, mask_type="B"):
     Raises ValueError for shapes that do not fit or a mask without a live tap, and what use_triton raises.
     """
     taps = _check("masked_conv2d", x, weight, bias, mask_type)
-    if use_triton("masked_conv2d", x, supports(x, weight, bias)):
+    if use_triton("masked_conv2d", x, supports(x, weight, bias), library=True):
         return _fwd(x, weight, bias, taps)
     return masked_conv2d_torch(x, weight, bias, mask_type)
 
@@ -371,7 +367,7 @@ def gated_masked_conv2d(x, weight, bias=None, cond=None, mask_type="B"):
     if len(weight) % 2 or cond is not None and cond.shape not in (wide, (*wide, 1, 1), (*wide, *x.shape[2:])):
         raise ValueError(f"gated_masked_conv2d: weight {tuple(weight.shape)} and cond "
                          f"{None if cond is None else tuple(cond.shape)} do not fit x {tuple(x.shape)}")
-    if use_triton("gated_masked_conv2d", x, supports(x, weight, bias, cond)):
+    if use_triton("gated_masked_conv2d", x, supports(x, weight, bias, cond), library=True):
         return _gated_fwd(x, weight, bias, cond, taps)[0]
     return gated_masked_conv2d_torch(x, weight, bias, cond, mask_type)
 

@@ -1,5 +1,6 @@
 """kernels.mode, kernels.report() and an import on machines that have no triton."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import kernels
+from kernels.attention import attention
 from kernels.group_norm import group_norm_silu
+from kernels.masked_conv import gated_masked_conv2d, masked_conv2d
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = torch.randn(2, 4, 3, 3), 2, torch.ones(4), torch.zeros(4)
@@ -28,6 +31,25 @@ def test_auto_falls_back_and_says_so(monkeypatch):
     line = next(line for line in kernels.report().splitlines() if line.startswith("group_norm_silu"))
     assert "torch" in line and "fell back 2 x" in line
     assert len(kernels.report().splitlines()) == len(kernels.OPS)
+
+
+def test_auto_leaves_to_the_library_what_the_report_says(monkeypatch):
+    """As on a machine with a GPU: no kernel for masked convolutions and plain attention, one for all else."""
+    monkeypatch.setattr(kernels, "mode", "auto")
+    monkeypatch.setattr(kernels, "INTERPRETING", False)
+    monkeypatch.setattr(kernels, "available", lambda device=None: (True, "triton 1 on a GPU"))
+    for op in ("masked_conv2d", "gated_masked_conv2d", "attention"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{kernels.OPS[op]}"), "_fwd", None)
+        assert not kernels.use_triton(op, INPUTS[0], library=True)
+    masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
+    gated_masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
+    attention(*torch.randn(3, 1, 1, 4, 16))
+    with pytest.raises(TypeError):  # _fwd is None
+        attention(*torch.randn(3, 1, 1, 4, 16), mask="strict")
+    runs = {line.split()[0]: line for line in kernels.report().splitlines()}
+    for op, line in runs.items():
+        assert line.split()[1] == ("torch" if op in ("masked_conv2d", "gated_masked_conv2d") else "triton")
+        assert ("PyTorch's own" in line) == (op in kernels.LIBRARY)
 
 
 def test_torch_mode_never_runs_a_kernel(monkeypatch):

@@ -1,4 +1,7 @@
-"""Both couplings at a flow's shape and two larger ones, with --benchmark-only."""
+"""Both couplings at a flow's shape and two larger ones, with --benchmark-only.
+
+Where nflows and normflows are installed (pip install nflows normflows), their splines are timed beside ours.
+"""
 
 import functools
 
@@ -14,6 +17,7 @@ CASES = {  # name: shape of x; a spline transforms all of it, an affine layer ha
     "8192x64": (8192, 64),
 }
 K = 8  # bins
+PEERS = {"nflows": "nflows.transforms.splines.rational_quadratic", "normflows": "normflows.utils.splines"}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
 
 
@@ -25,13 +29,22 @@ def time_it(benchmark, op, case, dtype, impl, passes, reverse, how, channels, id
     params = torch.randn(shape[0], channels, *shape[2:], device=DEVICE, dtype=dtype)
     forms = {name: functools.partial(getattr(coupling, op + suffix), **how, reverse=reverse)
              for name, suffix in (("reference", "_reference"), ("plain", "_torch"), ("triton", ""))}
+    if impl in PEERS:
+        forms[impl] = functools.partial(peer, pytest.importorskip(PEERS[impl]), **how, reverse=reverse)
     least = (ideal[0] if passes == "forward" else sum(ideal)) * x.numel() * x.element_size()
     run(benchmark, f"{op} {case} {dtype}{', reverse' * reverse}", impl, passes, forms, (x, params), int(least),
         tolerance=1e-2 if dtype == torch.float32 else 1e-1)
 
 
+def peer(module, x, params, tail_bound, reverse):
+    """The same spline by a peer's function, which takes and gives the parameters of a number last."""
+    w, h, d = params.unflatten(1, (x.shape[1], -1)).movedim(2, -1).split((K, K, K - 1), -1)
+    y, log_det = module.unconstrained_rational_quadratic_spline(x, w, h, d, inverse=reverse, tail_bound=tail_bound)
+    return y, log_det.flatten(1).sum(1)
+
+
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", (*IMPLS, *PEERS))
 @pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
 @dtypes
 @pytest.mark.parametrize("case", CASES)

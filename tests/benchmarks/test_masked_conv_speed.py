@@ -6,10 +6,11 @@ from bench import DEVICE, IMPLS, PASSES, run
 
 from kernels import masked_conv as module
 
-CASES = {  # name: (shape of x, output channels, side of the kernel)
-    **{f"mnist, {B}x{C}, {k}x{k}": ((B, C, 28, 28), C, k) for B in (16, 64) for C in (32, 64) for k in (3, 5, 7)},
-    "64x128x32x32, 3x3": ((64, 128, 32, 32), 128, 3),
-    "64x128x32x32, 5x5": ((64, 128, 32, 32), 128, 5),
+CASES = {  # name: (shape of x, output channels, sides of the kernel)
+    **{f"autoregressive, mnist, {kh}x{kw}": ((32, 48, 14, 14), 48, (kh, kw)) for kh, kw in ((1, 3), (3, 3))},
+    **{f"mnist, {B}x{C}, {k}x{k}": ((B, C, 28, 28), C, (k, k)) for B in (16, 64) for C in (32, 64) for k in (3, 5, 7)},
+    "64x128x32x32, 3x3": ((64, 128, 32, 32), 128, (3, 3)),
+    "64x128x32x32, 5x5": ((64, 128, 32, 32), 128, (5, 5)),
 }
 FORMS = {op: {"reference": getattr(module, f"{op}_reference"), "plain": getattr(module, f"{op}_torch"),
               "triton": getattr(module, op)} for op in ("masked_conv2d", "gated_masked_conv2d")}
@@ -21,13 +22,13 @@ FORMS = {op: {"reference": getattr(module, f"{op}_reference"), "plain": getattr(
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("case", CASES)
 def test_masked_conv(benchmark, case, op, dtype, impl, passes):
-    shape, N, k = CASES[case]
+    shape, N, (kh, kw) = CASES[case]
     if benchmark.disabled and shape[0] > 16:
         pytest.skip("large, so only where it is timed")
     torch.manual_seed(0)
     wide = 2 * N if op.startswith("gated") else N
     x = torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
-    weight = torch.randn(wide, shape[1], k, k, device=DEVICE, dtype=dtype) / (shape[1] * k * k) ** 0.5
+    weight = torch.randn(wide, shape[1], kh, kw, device=DEVICE, dtype=dtype) / (shape[1] * kh * kw) ** 0.5
     inputs = (x, weight, torch.randn(wide, device=DEVICE, dtype=dtype))
     n = x.numel() * x.element_size()
     y = n // shape[1] * N

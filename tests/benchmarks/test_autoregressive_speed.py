@@ -1,0 +1,92 @@
+"""Milliseconds of autoregressive.py's training step and samplers: pytest tests/benchmarks --benchmark-only.
+
+Fixed-point sampling takes as many passes as the network's weights ask for, so it is timed on trained ones:
+python autoregressive.py --mode sample --sampler jacobi tells its passes and seconds.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import autoregressive
+from autoregressive import Autoregressive, Config, GatedBlock, log_likelihood, sample
+
+ARCHS = {"pixelcnn": {}, "mask only": {"mask_only": True}, "transformer": {"arch": "transformer"}, "made": {"arch": "made"}}
+
+
+def build(H=28, **fields):
+    cfg = Config(**{"patch": 1 if H < 16 else 2} | fields)
+    torch.manual_seed(0)
+    return Autoregressive(cfg.patch**2, H // cfg.patch, H // cfg.patch, 10, cfg), cfg
+
+
+class WholeKernels(GatedBlock):
+    """The same block as it is mostly written: square kernels whose dead taps are multiplied by 0."""
+
+    def __init__(self, block):
+        nn.Module.__init__(self)
+        width, k = block.h_out.in_channels, block.h_conv.kernel_size[1]
+        self.v_to_h, self.h_out, self.label, self.dropout = block.v_to_h, block.h_out, block.label, block.dropout
+        self.v_conv, self.h_conv = (nn.Conv2d(width, 2 * width, k, padding=k // 2) for _ in range(2))
+        mask = torch.zeros(2, k, k)
+        mask[0, :k // 2 + 1], mask[1, k // 2, :k // 2 + 1] = 1, 1
+        self.register_buffer("mask", mask)
+        with torch.no_grad():
+            self.v_conv.weight[:, :, :k // 2 + 1] = block.v_conv.weight
+            self.h_conv.weight[:, :, k // 2:k // 2 + 1] = block.h_conv.weight
+            self.v_conv.bias[:], self.h_conv.bias[:] = block.v_conv.bias, block.h_conv.bias
+
+    def forward(self, v, h, y, r):
+        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
+        u = F.conv2d(v, self.v_conv.weight * self.mask[0], self.v_conv.bias, padding=r)
+        a, b = (u + label_v).chunk(2, 1)
+        v = v + torch.tanh(a) * torch.sigmoid(b)
+        cond = self.v_to_h(u) + label_h
+        a, b = (F.conv2d(h, self.h_conv.weight * self.mask[1], self.h_conv.bias, padding=r) + cond).chunk(2, 1)
+        g = self.dropout(torch.tanh(a) * torch.sigmoid(b))
+        return v, h + self.h_out(g), g
+
+
+def time_step(benchmark, net, cfg, H):
+    optimizer = torch.optim.Adam(net.parameters(), cfg.lr, fused=True)
+    x, y = torch.randint(0, 2, (cfg.batch_size, 1, H, H)), torch.randint(0, 10, (cfg.batch_size,))
+
+    def step():
+        optimizer.zero_grad()
+        (-log_likelihood(net, x, y, cfg).mean() / H**2).backward()
+        optimizer.step()
+        return torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None])
+
+    assert benchmark(step).isfinite().all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_training_step(benchmark, arch):
+    time_step(benchmark, *build(**ARCHS[arch]), 28)
+
+
+@pytest.mark.parametrize("form", ["live taps", "whole kernels"])
+def test_gated_pixelcnn(benchmark, form):
+    """The default network against the same layers with masked square kernels."""
+    benchmark.group = "gated PixelCNN, training step"
+    net, cfg = build()
+    if form == "whole kernels":
+        x, y = torch.randint(0, 2, (4, cfg.patch**2, 14, 14)), torch.arange(4)
+        expected = net(x, y)
+        net.trunk.blocks = nn.ModuleList(map(WholeKernels, net.trunk.blocks))
+        torch.testing.assert_close(net(x, y), expected)
+    time_step(benchmark, net, cfg, 28)
+
+
+@pytest.mark.parametrize("sampler, n, H", [*(("cached", 16, H) for H in (8, 16, 28, 56)), ("cached", 64, 28), ("naive", 16, 8),
+                                           ("naive", 16, 28), ("naive", 64, 28)])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sampling(benchmark, arch, sampler, n, H):
+    if benchmark.disabled and H > 8:
+        pytest.skip("large, so only where it is timed")
+    benchmark.group = f"sampling {n} images of {H} x {H}, {arch}"
+    net, cfg = build(H, **ARCHS[arch], sampler=sampler)
+    x, _ = benchmark.pedantic(sample, (net.eval(), torch.arange(n) % 10, torch.rand(n, 1, H, H), cfg),
+                              rounds=1 if sampler == "naive" else 3, warmup_rounds=int(sampler == "cached"))
+    assert x.shape == (n, 1, H, H) and autoregressive.to_uint8(x, cfg).unique().tolist() == [0, 255]

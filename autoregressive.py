@@ -25,7 +25,6 @@ import copy
 import math
 from dataclasses import dataclass
 from itertools import count, product
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -120,8 +119,7 @@ FREE = """mode data_dir steps minutes device amp compile kernels out resume over
 
 
 # ---- the model: a trunk gives each position features of the positions before it, a head the distribution of its pixels
-# A trunk's forward(x, y) sees the whole image, x (B,C,H,W) in [-1,1] -> (B,width,H,W). cache = begin(x, y), then
-# step(cache, x, i, j) for one position after the other, gives the same: the cache keeps what is needed of those before.
+# A trunk takes x (B,C,H,W) in [-1,1] and labels y (B,) -> (B,features,H,W)
 
 
 class GatedBlock(nn.Module):
@@ -167,42 +165,6 @@ class GatedPixelCNN(nn.Module):
             skips.append(g)
         return F.relu(self.skip(torch.cat(skips, 1)))
 
-    def begin(self, x, y):
-        """Empty caches: of each block's v the rows so far, of its h the row under way."""
-        B, _, H, W = x.shape
-        rows = [x.new_zeros(B, self.features, H + self.r, W) for _ in self.blocks]
-        row = [x.new_zeros(B, W + self.r, self.features) for _ in self.blocks]
-        flat = [(b.h_conv.weight[:, :, 0, :self.r + 1].permute(2, 1, 0).flatten(0, 1),  # live taps
-                 b.h_out.weight[:, :, 0, 0].T, b.h_out.bias) for b in self.blocks]
-        first = self.h_in.weight[:, :, 0, :self.r].flatten(1).T, self.h_in.bias
-        last = self.skip.weight[:, :, 0, 0].T, self.skip.bias
-        return SimpleNamespace(y=y, rows=rows, row=row, flat=flat, first=first, last=last)
-
-    def begin_row(self, cache, x, i):
-        """The whole row i of the vertical stack, which depends on the rows above alone."""
-        r = self.r
-        above = F.pad(x[:, :, max(i - r, 0):i], (r, r, max(r - i, 0), 0))  # (B, C, r, W+2r)
-        v, cache.cond = self.v_in(above), []
-        for block, rows, row in zip(self.blocks, cache.rows, cache.row, strict=True):
-            rows[:, :, i + r] = v[:, :, 0]
-            v, cond = block.vertical(rows[:, :, i:i + r + 1], cache.y, (r, r, 0, 0))
-            cache.cond.append(cond[:, :, 0].permute(2, 0, 1) + block.h_conv.bias)  # (W, B, 2*width)
-            row.zero_()
-
-    def step(self, cache, x, i, j):
-        if j == 0:
-            self.begin_row(cache, x, i)
-        r, width, gs = self.r, self.features, []
-        left = F.pad(x[:, :, i, max(j - r, 0):j], (max(r - j, 0), 0))  # (B, C, r)
-        h = torch.addmm(cache.first[1], left.flatten(1), cache.first[0])  # (B, width)
-        for row, cond, (w, w_out, b_out) in zip(cache.row, cache.cond, cache.flat, strict=True):
-            row[:, j + r] = h
-            a = torch.addmm(cond[j], row[:, j:j + r + 1].flatten(1), w)  # (B, 2*width)
-            g = torch.tanh(a[:, :width]) * torch.sigmoid(a[:, width:])
-            h = h + torch.addmm(b_out, g, w_out)
-            gs.append(g)
-        return F.relu(torch.addmm(cache.last[1], torch.cat(gs, 1), cache.last[0]))
-
 
 class MaskedPixelCNN(nn.Module):
     """Masked convolutions stacked, as first published: what lies above on the right of the kernels' cone is never seen."""
@@ -217,28 +179,6 @@ class MaskedPixelCNN(nn.Module):
         h = masked_conv2d(x, self.first.weight, self.first.bias, "A") + self.label(y)[:, :, None, None]
         for conv in self.convs:
             h = h + masked_conv2d(self.dropout(F.relu(h)), conv.weight, conv.bias, "B")
-        return F.relu(h)
-
-    def begin(self, x, y):
-        """Of every convolution the live rows of its kernel, and its input so far, zero-padded."""
-        B, _, H, W = x.shape
-        caches = []
-        for conv, mask_type in [(self.first, "A"), *((conv, "B") for conv in self.convs)]:
-            k = conv.kernel_size[0]
-            live = conv.weight[:, :, :k // 2 + 1].clone()
-            live[:, :, -1, k // 2 + (mask_type == "B"):] = 0
-            caches.append((x.new_zeros(B, conv.in_channels, H + k // 2, W + k - 1), live.flatten(1).T, conv.bias, k))
-        return SimpleNamespace(start=self.label(y), inputs=caches)
-
-    def step(self, cache, x, i, j):
-        seen, live, bias, k = cache.inputs[0]
-        if j > 0 or i > 0:  # the position before, which is known by now
-            before = (i, j - 1) if j > 0 else (i - 1, x.shape[3] - 1)
-            seen[:, :, before[0] + k // 2, before[1] + k // 2] = x[:, :, before[0], before[1]]
-        h = cache.start + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
-        for seen, live, bias, k in cache.inputs[1:]:
-            seen[:, :, i + k // 2, j + k // 2] = F.relu(h)
-            h = h + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
         return F.relu(h)
 
 
@@ -282,23 +222,6 @@ class Transformer(nn.Module):
             tokens = block(tokens, lambda q, k, v: attention(q, k, v, "causal"))
         return self.norm(tokens).transpose(1, 2).reshape(B, -1, H, W)
 
-    def begin(self, x, y):
-        B, _, H, W = x.shape
-        size = (2, B, self.blocks[0].n_head, H * W, self.features // self.blocks[0].n_head)
-        kept = [x.new_zeros(size) for _ in self.blocks]  # keys and values
-        return SimpleNamespace(where=self.where(), first=self.start(y), kept=kept)
-
-    def step(self, cache, x, i, j):
-        t = i * x.shape[3] + j
-        token = self.embed(x.flatten(2)[:, :, t - 1]) if t else cache.first
-        token = (token + cache.where[t])[:, None]  # (B, 1, width)
-        for block, (keys, values) in zip(self.blocks, cache.kept, strict=True):
-            def attend(q, k, v, keys=keys, values=values):
-                keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
-                return decode_attention(q, keys, values, t + 1)
-            token = block(token, attend)
-        return self.norm(token)[:, 0]
-
 
 class MADE(nn.Module):
     """A masked multilayer perceptron: a unit of degree m sees positions up to m, the output of position t units below t."""
@@ -329,22 +252,6 @@ class MADE(nn.Module):
             h = self.dropout(F.relu(h + self.label(y) if i == 0 else h))
         h = F.linear(h, out, self.out.bias)
         return h.view(B, H * W, -1).transpose(1, 2).reshape(B, -1, H, W)
-
-    def begin(self, x, y):
-        weights, out = self.weights()
-        units = [x.new_zeros(len(x), len(weight)) for weight in weights]
-        biases = [self.layers[0].bias + self.label(y), *(layer.bias.expand(len(x), -1) for layer in self.layers[1:])]
-        return SimpleNamespace(weights=weights, out=out, units=units, biases=biases)
-
-    def step(self, cache, x, i, j):
-        t, h = i * x.shape[3] + j, x.flatten(2).transpose(1, 2).flatten(1)
-        if t > 0:
-            new = slice(self.ends[t - 2] if t > 1 else 0, self.ends[t - 1])  # the units of degree t - 1
-            for weight, bias, units in zip(cache.weights, cache.biases, cache.units, strict=True):
-                units[:, new] = F.relu(torch.addmm(bias[:, new], h, weight[new].T))
-                h = units
-        out = slice(t * self.features, (t + 1) * self.features)
-        return F.linear(cache.units[-1], cache.out[out], self.out.bias[out])
 
 
 class Head(nn.Module):
@@ -466,16 +373,123 @@ def sample(model, y, noise, cfg, given=None):
     cached = cfg.sampler == "cached"
     if cached:
         scaled = model.scale(x).to(noise)
-        cache = model.trunk.begin(scaled, y)
+        cache = CACHES[type(model.trunk)](model.trunk, scaled, y)
     for i, j in product(range(rows), range(columns)):
         if cached:
-            h = model.trunk.step(cache, scaled, i, j)[:, :, None, None]  # (B, F, 1, 1)
+            h = cache.step(scaled, i, j)[:, :, None, None]  # (B, features, 1, 1)
         for c in range(C):
             params = model.head(h, x[:, :, i:i + 1, j:j + 1])[:, c, :, 0, 0] if cached else model(x, y)[:, c, :, i, j]
             x[:, c, i, j] = redraw(params, noise[:, c, i, j], given[:, c, i, j])
         if cached:
             scaled[:, :, i, j] = model.scale(x[:, :, i, j])
     return unfold(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
+
+
+# ---- the remedy: caches, so that a position costs a position's work
+# Cache(trunk, x, y), then step(x, i, j) for one position after the other, with x known at those before: what the trunk's
+# forward gives there, (B,features).
+
+
+class GatedCache:
+    """Of each block's v the rows so far, of its h the row under way. A row of the vertical stack sees the rows above alone,
+    so it is computed at once when the row begins."""
+
+    def __init__(self, trunk, x, y):
+        B, _, H, W = x.shape
+        self.trunk, self.y, self.r, width = trunk, y, trunk.r, trunk.features
+        self.rows = [x.new_zeros(B, width, H + self.r, W) for _ in trunk.blocks]
+        self.row = [x.new_zeros(B, W + self.r, width) for _ in trunk.blocks]
+        self.first = trunk.h_in.bias, trunk.h_in.weight[:, :, 0, :self.r].flatten(1).T  # live taps
+        self.convs = [b.h_conv.weight[:, :, 0, :self.r + 1].permute(2, 1, 0).flatten(0, 1) for b in trunk.blocks]
+
+    def begin_row(self, x, i):
+        r, self.conds = self.r, []
+        v = self.trunk.v_in(F.pad(x[:, :, max(i - r, 0):i], (r, r, max(r - i, 0), 0)))  # (B, width, 1, W)
+        for block, rows, row in zip(self.trunk.blocks, self.rows, self.row, strict=True):
+            rows[:, :, i + r] = v[:, :, 0]
+            v, cond = block.vertical(rows[:, :, i:i + r + 1], self.y, (r, r, 0, 0))
+            self.conds.append(cond[:, :, 0].permute(2, 0, 1) + block.h_conv.bias)  # (W, B, 2*width)
+            row.zero_()
+
+    def step(self, x, i, j):
+        if j == 0:
+            self.begin_row(x, i)
+        r, gs = self.r, []
+        left = F.pad(x[:, :, i, max(j - r, 0):j], (max(r - j, 0), 0))  # (B, C, r)
+        h = torch.addmm(self.first[0], left.flatten(1), self.first[1])  # (B, width)
+        for block, row, cond, conv in zip(self.trunk.blocks, self.row, self.conds, self.convs, strict=True):
+            row[:, j + r] = h
+            a, b = torch.addmm(cond[j], row[:, j:j + r + 1].flatten(1), conv).chunk(2, 1)  # (B, width)
+            g = torch.tanh(a) * torch.sigmoid(b)
+            h = h + F.linear(g, block.h_out.weight[:, :, 0, 0], block.h_out.bias)
+            gs.append(g)
+        return F.relu(F.linear(torch.cat(gs, 1), self.trunk.skip.weight[:, :, 0, 0], self.trunk.skip.bias))
+
+
+class MaskedCache:
+    """Of every convolution the live rows of its kernel, and its input so far, zero-padded."""
+
+    def __init__(self, trunk, x, y):
+        B, _, H, W = x.shape
+        self.start, self.convs = trunk.label(y), []
+        for conv, mask_type in [(trunk.first, "A"), *((conv, "B") for conv in trunk.convs)]:
+            k = conv.kernel_size[0]
+            live = conv.weight[:, :, :k // 2 + 1].clone()
+            live[:, :, -1, k // 2 + (mask_type == "B"):] = 0
+            self.convs.append((x.new_zeros(B, conv.in_channels, H + k // 2, W + k - 1), live.flatten(1).T, conv.bias, k))
+
+    def step(self, x, i, j):
+        seen, live, bias, k = self.convs[0]
+        if j > 0 or i > 0:  # the position before, which is known by now
+            before = (i, j - 1) if j > 0 else (i - 1, x.shape[3] - 1)
+            seen[:, :, before[0] + k // 2, before[1] + k // 2] = x[:, :, before[0], before[1]]
+        h = self.start + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
+        for seen, live, bias, k in self.convs[1:]:
+            seen[:, :, i + k // 2, j + k // 2] = F.relu(h)
+            h = h + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
+        return F.relu(h)
+
+
+class KeyValueCache:
+    """Of each block the keys and values so far."""
+
+    def __init__(self, trunk, x, y):
+        (B, _, H, W), n_head = x.shape, trunk.blocks[0].n_head
+        self.trunk, self.first, self.where = trunk, trunk.start(y), trunk.where()
+        self.kept = [x.new_zeros(2, B, n_head, H * W, trunk.features // n_head) for _ in trunk.blocks]
+
+    def step(self, x, i, j):
+        t = i * x.shape[3] + j
+        token = self.trunk.embed(x.flatten(2)[:, :, t - 1]) if t else self.first
+        token = (token + self.where[t])[:, None]  # (B, 1, width)
+        for block, (keys, values) in zip(self.trunk.blocks, self.kept, strict=True):
+            def attend(q, k, v, keys=keys, values=values):
+                keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
+                return decode_attention(q, keys, values, t + 1)
+            token = block(token, attend)
+        return self.trunk.norm(token)[:, 0]
+
+
+class UnitCache:
+    """Of each hidden layer of MADE the units so far: a position adds those of its degree."""
+
+    def __init__(self, trunk, x, y):
+        self.trunk, (self.weights, self.out) = trunk, trunk.weights()
+        self.units = [x.new_zeros(len(x), len(weight)) for weight in self.weights]
+        self.biases = [trunk.layers[0].bias + trunk.label(y), *(layer.bias.expand(len(x), -1) for layer in trunk.layers[1:])]
+
+    def step(self, x, i, j):
+        t, ends, h = i * x.shape[3] + j, self.trunk.ends, x.flatten(2).transpose(1, 2).flatten(1)
+        if t > 0:
+            new = slice(ends[t - 2] if t > 1 else 0, ends[t - 1])  # the units of degree t - 1
+            for weight, bias, units in zip(self.weights, self.biases, self.units, strict=True):
+                units[:, new] = F.relu(torch.addmm(bias[:, new], h, weight[new].T))
+                h = units
+        out = slice(t * self.trunk.features, (t + 1) * self.trunk.features)
+        return F.linear(self.units[-1], self.out[out], self.trunk.out.bias[out])
+
+
+CACHES = {GatedPixelCNN: GatedCache, MaskedPixelCNN: MaskedCache, Transformer: KeyValueCache, MADE: UnitCache}
 
 
 # ---- the loops

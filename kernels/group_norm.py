@@ -108,6 +108,15 @@ def _split(C, P, splits, BLOCK_C: tl.constexpr):
 
 
 @jit
+def _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC: tl.constexpr):
+    """The groups of channels c, and the numbers that belong to these: weight, bias, mean, 1 / standard deviation."""
+    group = row // C * groups + c // (C // groups)
+    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
+    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    return group, w, b, mean, rstd
+
+
+@jit
 def _split_moments_kernel(X, Means, M2s, C, P, stride_c, stride_p, splits, chunk,
                           ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Mean and sum of squared deviations of every channel over every chunk of positions, (B, C, splits), by Chan's rule."""
@@ -154,9 +163,7 @@ def _split_fwd_kernel(X, W, Bias, Mean, Rstd, Y, C, P, stride_c, stride_p, group
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     row, c0, split = _split(C, P, splits, BLOCK_C)
     end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
-    group = row // C * groups + c // (C // groups)
-    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
-    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    _, w, b, mean, rstd = _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC)
     for p0 in range(split * chunk, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
         x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
@@ -172,9 +179,7 @@ def _split_sums_kernel(X, DY, W, Bias, Mean, Rstd, DWs, DBs, C, P, stride_c, str
     """Sums of dz * x_hat and of dz over every chunk of positions of every channel, (B, C, splits)."""
     row, c0, split = _split(C, P, splits, BLOCK_C)
     end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
-    group = row // C * groups + c // (C // groups)
-    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
-    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    _, w, b, mean, rstd = _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC)
     dw, db = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
     for p0 in range(split * chunk, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
@@ -193,9 +198,7 @@ def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, st
     """dx, from the group's means of w dz x_hat and w dz, (B, groups)."""
     row, c0, split = _split(C, P, splits, BLOCK_C)
     end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
-    group = row // C * groups + c // (C // groups)
-    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
-    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    group, w, b, mean, rstd = _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC)
     dw, db = tl.load(GroupDW + group, mask=c < C, other=0.0), tl.load(GroupDB + group, mask=c < C, other=0.0)
     for p0 in range(split * chunk, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)

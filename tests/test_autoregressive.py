@@ -15,6 +15,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 import autoregressive
+import tiny
 from autoregressive import Autoregressive, Config, draw, fold, log_likelihood, log_prob, sample, unfold
 
 ARCHS = {"pixelcnn": {}, "mask only": {"mask_only": True}, "transformer": {"arch": "transformer"}, "made": {"arch": "made"}}
@@ -249,10 +250,7 @@ TINY = "--width 8 --blocks 1 --hidden 32 --steps 4 --batch-size 16 --num-samples
 @pytest.fixture()
 def digits(monkeypatch):
     """digits with 8 test images, loaded once."""
-    data = autoregressive.load_data("digits", "data")
-    small = data._replace(test=data.test[:8], test_labels=data.test_labels[:8])
-    monkeypatch.setattr(autoregressive, "load_data", lambda *args: small)
-    return small
+    return tiny.small_digits(autoregressive, monkeypatch)
 
 
 def final(out):

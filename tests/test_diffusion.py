@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import diffusion
+import tiny
 from diffusion import Config, UNet, choose, coefficients, denoise, elbo, q_sample, sample, time_of
 from tools.evaluate import evaluate
 
@@ -444,10 +445,7 @@ TINY = ["--width", "8", "--blocks", "1", "--steps", "4", "--batch-size", "16", "
 @pytest.fixture()
 def digits(monkeypatch):
     """digits with 8 test images, loaded once."""
-    data = diffusion.load_data("digits", "data")
-    small = data._replace(test=data.test[:8], test_labels=data.test_labels[:8])
-    monkeypatch.setattr(diffusion, "load_data", lambda *args: small)
-    return small
+    return tiny.small_digits(diffusion, monkeypatch)
 
 
 def checkpoint(out):

@@ -74,6 +74,14 @@ def make_data(module, train=40, test=11, shape=(1, 8, 8), classes=3, seed=0):
     return module.Data(x[:train], y[:train], x[train:], y[train:], classes)
 
 
+def small_digits(module, monkeypatch):
+    """What module.load_data gives from now on: digits, loaded once, with 8 test images."""
+    data = module.load_data("digits", "data")
+    data = data._replace(test=data.test[:8], test_labels=data.test_labels[:8])
+    monkeypatch.setattr(module, "load_data", lambda *args: data)
+    return data
+
+
 def error_line(err):
     """The one line of an error, without its `error: `."""
     lines = [line for line in err.splitlines() if line.strip()]

@@ -77,7 +77,7 @@ class Config:
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
     steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
-    batch_size: int = 32  # images a step, over all processes (> 0)
+    batch_size: int = 16  # images a step, over all processes (> 0)
     lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -92,15 +92,15 @@ class Config:
     log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
     # the model
-    arch: Literal["pixelcnn", "transformer", "made"] = "pixelcnn"  # what sees the pixels before
+    arch: Literal["transformer", "pixelcnn", "made"] = "transformer"  # what sees the pixels before
     output: Literal["bernoulli", "softmax", "mixture"] = "bernoulli"  # of binarised, or of 8-bit pixels
     binarize: Literal["dynamic", "static"] = "dynamic"  # draw the binary training images anew each step, or once
     mask_only: bool = False  # pixelcnn: the original of 2016, masked convolutions alone, with its blind spot
-    patch: int = 0  # pixels a side that make one position; 0: 1 below 16 pixels, else 2 (>= 0)
-    width: int = 48  # channels (> 0)
-    blocks: int = 5  # gated blocks, transformer blocks or hidden layers (> 0)
-    kernel: int = 3  # pixelcnn: side of the convolutions, odd and at least 3 (> 0)
+    patch: int = 0  # pixels a side that make one position; 0: 2 below 16 pixels, else 4 (>= 0)
+    width: int = 0  # channels; 0: 128 for transformer, 64 for pixelcnn, 16 for made (>= 0)
+    blocks: int = 4  # transformer blocks, gated blocks or hidden layers (> 0)
     n_head: int = 4  # transformer: attention heads (> 0)
+    kernel: int = 3  # pixelcnn: side of the convolutions, odd and at least 3 (> 0)
     hidden: int = 1000  # made: units of a hidden layer (> 0)
     mixtures: int = 5  # logistics in the mixture of --output mixture (> 0)
     labels: bool = True  # condition on the class; the test likelihood then is the exact mean over classes
@@ -116,6 +116,13 @@ class Config:
 # What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     sampler temperature label complete""".split()
+
+
+def choose(cfg, H, W):
+    """cfg, with what the size of the images and the architecture decide where nothing was said."""
+    cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
+    cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
+    return cfg
 
 
 # ---- the model: a trunk gives each position features of the positions before it, a head the distribution of its pixels
@@ -229,7 +236,7 @@ class MADE(nn.Module):
     def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
         T, n = H * W, cfg.hidden
-        self.features, self.label = min(cfg.width, 16), nn.Embedding(max(classes, 1), n)
+        self.features, self.label = cfg.width, nn.Embedding(max(classes, 1), n)
         position, degree = torch.arange(T), torch.arange(n) * max(T - 1, 1) // n  # of inputs and outputs, of hidden units
         self.layers = nn.ModuleList(nn.Linear(n if i else T * channels, n) for i in range(cfg.blocks))
         self.out, self.dropout = nn.Linear(n, T * self.features), nn.Dropout(cfg.dropout)
@@ -266,7 +273,8 @@ class Head(nn.Module):
         self.out = nn.Conv2d(features, channels * outputs, 1)
         if channels > 1:
             self.embed = nn.Embedding(levels, 8)
-            self.from_h, self.from_x = nn.Conv2d(features, channels * hidden, 1), nn.Conv2d(channels * 8, channels * hidden, 1)
+            self.from_h = nn.Conv2d(features, channels * hidden, 1)
+            self.from_x = nn.Conv2d(channels * 8, channels * hidden, 1, bias=False)
             self.to_out = nn.Conv2d(channels * hidden, channels * outputs, 1, groups=channels)
             c = torch.arange(channels)
             before = c.repeat_interleave(hidden)[:, None] > c.repeat_interleave(8)
@@ -375,13 +383,14 @@ def sample(model, y, noise, cfg, given=None):
         scaled = model.scale(x).to(noise)
         cache = CACHES[type(model.trunk)](model.trunk, scaled, y)
     for i, j in product(range(rows), range(columns)):
+        here, u, g = (a[:, :, i, j] for a in (x, noise, given))  # (B, C), parts of the whole
         if cached:
-            h = cache.step(scaled, i, j)[:, :, None, None]  # (B, features, 1, 1)
+            head = HeadCache(model.head, cache.step(scaled, i, j))
         for c in range(C):
-            params = model.head(h, x[:, :, i:i + 1, j:j + 1])[:, c, :, 0, 0] if cached else model(x, y)[:, c, :, i, j]
-            x[:, c, i, j] = redraw(params, noise[:, c, i, j], given[:, c, i, j])
+            params = head.step(here, c) if cached else model(x, y)[:, c, :, i, j]  # (B, K)
+            here[:, c] = redraw(params, u[:, c], g[:, c])
         if cached:
-            scaled[:, :, i, j] = model.scale(x[:, :, i, j])
+            scaled[:, :, i, j] = model.scale(here)
     return unfold(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
 
 
@@ -487,6 +496,28 @@ class UnitCache:
                 h = units
         out = slice(t * self.trunk.features, (t + 1) * self.trunk.features)
         return F.linear(self.units[-1], self.out[out], self.trunk.out.bias[out])
+
+
+class HeadCache:
+    """Of one position, whose features are h (B,features): what these and its pixels so far give to the pixels after them."""
+
+    def __init__(self, head, h):
+        (C, K), self.embed = head.shape, getattr(head, "embed", None)
+        out = F.linear(h, head.out.weight[:, :, 0, 0], head.out.bias)
+        if C > 1:
+            out = out + head.to_out.bias
+            self.hidden = F.linear(h, head.from_h.weight[:, :, 0, 0], head.from_h.bias).unflatten(1, (C, -1))
+            self.from_x = (head.from_x.weight * head.before)[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, 8, C*hidden)
+            self.to_out = head.to_out.weight[:, :, 0, 0].unflatten(0, (C, K)).mT  # (C, hidden, K)
+        self.out = out.unflatten(1, (C, K))
+
+    def step(self, x, c):
+        """The parameters (B,K) of pixel c from x (B,C), whose pixels before c are known; for c = 0, 1, ... in turn."""
+        if self.embed is None:
+            return self.out[:, 0]
+        if c > 0:
+            self.hidden += (self.embed(x[:, c - 1]) @ self.from_x[c - 1]).view_as(self.hidden)
+        return torch.addmm(self.out[:, c], F.relu(self.hidden[:, c]), self.to_out[c])
 
 
 CACHES = {GatedPixelCNN: GatedCache, MaskedPixelCNN: MaskedCache, Transformer: KeyValueCache, MADE: UnitCache}
@@ -1054,7 +1085,7 @@ def main(argv=None):
         data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
-    cfg.patch = cfg.patch or (1 if min(H, W) < 16 else 2)
+    choose(cfg, H, W)
     if cfg.kernel < 3 or cfg.kernel % 2 == 0:
         fail(f"--kernel {cfg.kernel}: must be odd and at least 3")
     if cfg.label is not None and cfg.label >= classes:

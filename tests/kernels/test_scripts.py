@@ -58,8 +58,8 @@ def test_diffusion_from_the_command_line(counted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fields, ran", [
-    ({"output": "mixture"}, {"masked_conv2d", "gated_masked_conv2d", "logistic_mixture"}),
-    ({"mask_only": True}, {"masked_conv2d"}), ({"arch": "transformer"}, {"attention"})], ids=str)
+    ({"arch": "pixelcnn", "output": "mixture"}, {"masked_conv2d", "gated_masked_conv2d", "logistic_mixture"}),
+    ({"arch": "pixelcnn", "mask_only": True}, {"masked_conv2d"}), ({"arch": "transformer"}, {"attention"})], ids=str)
 def test_autoregressive_has_equal_likelihoods_and_gradients(fields, ran, counted):
     cfg = autoregressive.Config(width=16, blocks=1, n_head=1, patch=1, mixtures=2, **fields)
     net = autoregressive.Autoregressive(1, 4, 5, 3, cfg).to(DEVICE)

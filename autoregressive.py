@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         tokens = torch.cat([self.start(y)[:, None], before], 1) + self.where()  # (B, H*W, width)
         for block in self.blocks:
             tokens = block(tokens, lambda q, k, v: attention(q, k, v, "causal"))
-        return self.norm(tokens).transpose(1, 2).reshape(B, -1, H, W)
+        return self.norm(tokens).unflatten(1, (H, W)).permute(0, 3, 1, 2)
 
 
 class MADE(nn.Module):
@@ -283,7 +283,7 @@ class Head(nn.Module):
     def forward(self, h, x):
         out = self.out(h)
         if self.shape[0] > 1:
-            e = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, C*8, H, W)
+            e = self.embed(x.permute(0, 2, 3, 1)).flatten(3).permute(0, 3, 1, 2)  # (B, C*8, H, W)
             out = out + self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.before)))
         return out.unflatten(1, self.shape)
 
@@ -302,7 +302,8 @@ class Autoregressive(nn.Module):
         return 2 * x.float() / (self.levels - 1) - 1  # [-1,1]
 
     def forward(self, x, y):
-        return self.head(self.trunk(self.scale(x).to(self.head.out.weight.dtype), y), x)
+        scaled = self.scale(x).to(self.head.out.weight.dtype, memory_format=torch.channels_last)
+        return self.head(self.trunk(scaled, y), x)
 
 
 # ---- the maths
@@ -1095,7 +1096,7 @@ def main(argv=None):
         model = Autoregressive(C * cfg.patch**2, -(-H // cfg.patch), -(-W // cfg.patch), classes, cfg)
     except ValueError as e:
         fail(str(e))
-    model = model.to(run.device)
+    model = model.to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if cfg.mode == "train":
         train(model, ema, data, cfg, run)

@@ -62,7 +62,11 @@ def masked_conv2d_torch(x, weight, bias=None, mask_type="B"):
     live = weight[:, :, :rows, :columns]
     if taps < rows * columns:
         live = live * (torch.arange(rows * columns, device=x.device).view(rows, columns) < taps)
-    if columns < kw:  # one row: zeros to its left alone
+    if columns < kw and _last(x):  # one row: its taps side by side as channels, and one matrix product
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, 0))  # (B, H, left + W, C)
+        seen = torch.cat([padded[:, :, v:v + W] for v in range(taps)], 3)
+        return F.linear(seen, live.permute(0, 3, 2, 1).flatten(1), bias).permute(0, 3, 1, 2)
+    if columns < kw:  # zeros to its left alone
         return F.conv2d(F.pad(x, (left, columns - 1 - left)), live, bias)
     if up:  # zeros above alone; those at the sides are the convolution's
         zeros = _empty(x[:, :, :1].expand(B, C, up, W), C, _last(x)).zero_()

@@ -19,7 +19,8 @@ ARCHS = {"transformer": {}, "pixelcnn": {"arch": "pixelcnn"}, "mask only": {"arc
 def build(H=28, **fields):
     cfg = choose(Config(**fields), H, H)
     torch.manual_seed(0)
-    return Autoregressive(cfg.patch**2, H // cfg.patch, H // cfg.patch, 10, cfg), cfg
+    net = Autoregressive(cfg.patch**2, H // cfg.patch, H // cfg.patch, 10, cfg)
+    return net.to(memory_format=torch.channels_last), cfg
 
 
 class WholeKernels(GatedBlock):
@@ -75,7 +76,7 @@ def test_gated_pixelcnn(benchmark, form):
     if form == "whole kernels":
         x, y = torch.randint(0, 2, (4, cfg.patch**2, 7, 7)), torch.arange(4)
         expected = net(x, y)
-        net.trunk.blocks = nn.ModuleList(map(WholeKernels, net.trunk.blocks))
+        net.trunk.blocks = nn.ModuleList(map(WholeKernels, net.trunk.blocks)).to(memory_format=torch.channels_last)
         torch.testing.assert_close(net(x, y), expected)
     time_step(benchmark, net, cfg, 28)
 

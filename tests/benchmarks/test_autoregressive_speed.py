@@ -69,12 +69,15 @@ def test_training_step(benchmark, arch):
 
 
 @pytest.mark.parametrize("form", ["live taps", "whole kernels"])
-def test_gated_pixelcnn(benchmark, form):
+@pytest.mark.parametrize("patch, kernel", [(4, 3), (4, 5), (1, 3), (1, 5)])
+def test_gated_pixelcnn(benchmark, patch, kernel, form):
     """Against the same layers with masked square kernels."""
-    benchmark.group = "gated PixelCNN, training step"
-    net, cfg = build(arch="pixelcnn")
+    if benchmark.disabled and patch == 1:
+        pytest.skip("large, so only where it is timed")
+    benchmark.group = f"gated PixelCNN, training step, patch {patch}, kernel {kernel}"
+    net, cfg = build(arch="pixelcnn", patch=patch, kernel=kernel)
     if form == "whole kernels":
-        x, y = torch.randint(0, 2, (4, cfg.patch**2, 7, 7)), torch.arange(4)
+        x, y = torch.randint(0, 2, (4, patch**2, 28 // patch, 28 // patch)), torch.arange(4)
         expected = net(x, y)
         net.trunk.blocks = nn.ModuleList(map(WholeKernels, net.trunk.blocks)).to(memory_format=torch.channels_last)
         torch.testing.assert_close(net(x, y), expected)

@@ -113,18 +113,6 @@ class Config:
     complete: Literal["no", "left", "right", "top", "bottom"] = "no"  # this half of test images is given, and completed
 
 
-# What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
-FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
-    sampler temperature label complete""".split()
-
-
-def choose(cfg, H, W):
-    """cfg, with what the size of the images and the architecture decide where nothing was said."""
-    cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
-    cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
-    return cfg
-
-
 # ---- the model: a trunk gives each position features of the positions before it, a head the distribution of its pixels
 # A trunk takes x (B,C,H,W) in [-1,1] and labels y (B,) -> (B,features,H,W)
 
@@ -173,22 +161,6 @@ class GatedPixelCNN(nn.Module):
         return F.relu(self.skip(torch.cat(skips, 1)))
 
 
-class MaskedPixelCNN(nn.Module):
-    """Masked convolutions stacked, as first published: what lies above on the right of the kernels' cone is never seen."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        self.features, self.first = cfg.width, nn.Conv2d(channels, cfg.width, cfg.kernel + 2)
-        self.convs = nn.ModuleList(nn.Conv2d(cfg.width, cfg.width, cfg.kernel) for _ in range(cfg.blocks))
-        self.label, self.dropout = nn.Embedding(max(classes, 1), cfg.width), nn.Dropout(cfg.dropout)
-
-    def forward(self, x, y):
-        h = masked_conv2d(x, self.first.weight, self.first.bias, "A") + self.label(y)[:, :, None, None]
-        for conv in self.convs:
-            h = h + masked_conv2d(self.dropout(F.relu(h)), conv.weight, conv.bias, "B")
-        return F.relu(h)
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, width, n_head, dropout):
         super().__init__()
@@ -230,37 +202,6 @@ class Transformer(nn.Module):
         return self.norm(tokens).unflatten(1, (H, W)).permute(0, 3, 1, 2)
 
 
-class MADE(nn.Module):
-    """A masked multilayer perceptron: a unit of degree m sees positions up to m, the output of position t units below t."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        T, n = H * W, cfg.hidden
-        self.features, self.label = cfg.width, nn.Embedding(max(classes, 1), n)
-        position, degree = torch.arange(T), torch.arange(n) * max(T - 1, 1) // n  # of inputs and outputs, of hidden units
-        self.layers = nn.ModuleList(nn.Linear(n if i else T * channels, n) for i in range(cfg.blocks))
-        self.out, self.dropout = nn.Linear(n, T * self.features), nn.Dropout(cfg.dropout)
-        masks = {"mask_in": degree[:, None] >= position.repeat_interleave(channels),
-                 "mask_hidden": degree[:, None] >= degree,
-                 "mask_out": position.repeat_interleave(self.features)[:, None] > degree}
-        for name, mask in masks.items():
-            self.register_buffer(name, mask.float(), persistent=False)
-        self.ends = torch.searchsorted(degree, position, right=True).tolist()  # number of units of degree up to t
-
-    def weights(self):
-        masks = [self.mask_in, *[self.mask_hidden] * (len(self.layers) - 1)]
-        return [layer.weight * mask for layer, mask in zip(self.layers, masks, strict=True)], self.out.weight * self.mask_out
-
-    def forward(self, x, y):
-        B, _, H, W = x.shape
-        h, (weights, out) = x.flatten(2).transpose(1, 2).flatten(1), self.weights()  # (B, T*C), position by position
-        for i, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
-            h = F.linear(h, weight, layer.bias)
-            h = self.dropout(F.relu(h + self.label(y) if i == 0 else h))
-        h = F.linear(h, out, self.out.bias)
-        return h.view(B, H * W, -1).transpose(1, 2).reshape(B, -1, H, W)
-
-
 class Head(nn.Module):
     """The parameters of each pixel of a position from its features and, as in MADE, from the position's pixels before it.
 
@@ -269,7 +210,7 @@ class Head(nn.Module):
 
     def __init__(self, features, channels, outputs, levels, hidden=32):
         super().__init__()
-        self.shape, self.levels = (channels, outputs), levels
+        self.shape = channels, outputs
         self.out = nn.Conv2d(features, channels * outputs, 1)
         if channels > 1:
             self.embed = nn.Embedding(levels, 8)
@@ -352,8 +293,7 @@ def draw(params, u, output, temperature=1.0):
 
 def log_likelihood(model, x, y, cfg):
     """Exact log p(x | y) in nats. x (B,C,H,W) levels, int64 -> (B,)."""
-    patch, inside = cfg.patch, fold(torch.ones_like(x[:1]), cfg.patch)
-    folded = fold(x, patch)
+    folded, inside = fold(x, cfg.patch), fold(torch.ones_like(x[:1]), cfg.patch)
     return (log_prob(model(folded, y), folded, cfg.output) * inside).sum((1, 2, 3))
 
 
@@ -393,6 +333,56 @@ def sample(model, y, noise, cfg, given=None):
         if cached:
             scaled[:, :, i, j] = model.scale(here)
     return unfold(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
+
+
+# ---- two simpler trunks, to compare with
+
+
+class MaskedPixelCNN(nn.Module):
+    """Masked convolutions stacked, as first published: what lies above on the right of the kernels' cone is never seen."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        self.features, self.first = cfg.width, nn.Conv2d(channels, cfg.width, cfg.kernel + 2)
+        self.convs = nn.ModuleList(nn.Conv2d(cfg.width, cfg.width, cfg.kernel) for _ in range(cfg.blocks))
+        self.label, self.dropout = nn.Embedding(max(classes, 1), cfg.width), nn.Dropout(cfg.dropout)
+
+    def forward(self, x, y):
+        h = masked_conv2d(x, self.first.weight, self.first.bias, "A") + self.label(y)[:, :, None, None]
+        for conv in self.convs:
+            h = h + masked_conv2d(self.dropout(F.relu(h)), conv.weight, conv.bias, "B")
+        return F.relu(h)
+
+
+class MADE(nn.Module):
+    """A masked multilayer perceptron: a unit of degree m sees positions up to m, the output of position t units below t."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        T, n = H * W, cfg.hidden
+        self.features, self.label = cfg.width, nn.Embedding(max(classes, 1), n)
+        position, degree = torch.arange(T), torch.arange(n) * max(T - 1, 1) // n  # of inputs and outputs, of hidden units
+        self.layers = nn.ModuleList(nn.Linear(n if i else T * channels, n) for i in range(cfg.blocks))
+        self.out, self.dropout = nn.Linear(n, T * self.features), nn.Dropout(cfg.dropout)
+        masks = {"mask_in": degree[:, None] >= position.repeat_interleave(channels),
+                 "mask_hidden": degree[:, None] >= degree,
+                 "mask_out": position.repeat_interleave(self.features)[:, None] > degree}
+        for name, mask in masks.items():
+            self.register_buffer(name, mask.float(), persistent=False)
+        self.ends = torch.searchsorted(degree, position, right=True).tolist()  # number of units of degree up to t
+
+    def weights(self):
+        masks = [self.mask_in, *[self.mask_hidden] * (len(self.layers) - 1)]
+        return [layer.weight * mask for layer, mask in zip(self.layers, masks, strict=True)], self.out.weight * self.mask_out
+
+    def forward(self, x, y):
+        B, _, H, W = x.shape
+        h, (weights, out) = x.flatten(2).transpose(1, 2).flatten(1), self.weights()  # (B, T*C), position by position
+        for i, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
+            h = F.linear(h, weight, layer.bias)
+            h = self.dropout(F.relu(h + self.label(y) if i == 0 else h))
+        h = F.linear(h, out, self.out.bias)
+        return h.view(B, H * W, -1).transpose(1, 2).reshape(B, -1, H, W)
 
 
 # ---- the remedy: caches, so that a position costs a position's work
@@ -526,7 +516,18 @@ CACHES = {GatedPixelCNN: GatedCache, MaskedPixelCNN: MaskedCache, Transformer: K
 
 # ---- the loops
 
+# What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
+FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
+    sampler temperature label complete""".split()
+
 BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
+
+
+def choose(cfg, H, W):
+    """cfg, with what the size of the images and the architecture decide where nothing was said."""
+    cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
+    cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
+    return cfg
 
 
 def to_levels(x, cfg, generator=None):

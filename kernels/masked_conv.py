@@ -55,7 +55,7 @@ def gated_masked_conv2d_reference(x, weight, bias=None, cond=None, mask_type="B"
 
 
 def masked_conv2d_torch(x, weight, bias=None, mask_type="B"):
-    """The fastest plain form: only the kernel's live rows, the last of them masked, or cropped where it is the only one."""
+    """The fastest plain form: the kernel's live rows, the last of them masked; of a one-row kernel the live taps alone."""
     (B, C, H, W), (kh, kw) = x.shape, weight.shape[2:]
     taps, up, left = _taps(kh, kw, mask_type), kh // 2, kw // 2
     rows, columns = -(-taps // kw), min(taps, kw)

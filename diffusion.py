@@ -496,7 +496,6 @@ import collections
 import dataclasses
 import gzip
 import hashlib
-import http.client
 import inspect
 import io
 import json
@@ -508,8 +507,6 @@ import sys
 import tarfile
 import time
 import urllib.request
-import zlib
-from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn, get_args, get_origin
@@ -518,24 +515,22 @@ import torch.distributed as dist
 from PIL import ImageOps
 from tqdm import tqdm
 
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     "fashion_mnist": ("https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
-                      "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-                      "https://fashion-mnist.s3.eu-central-1.amazonaws.com/"),
+                      "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
 SHA256 = {  # of the decompressed files, of the archive itself for cifar10
-    "train-images-idx3-ubyte": {"mnist": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                                "fashion_mnist": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"},
-    "train-labels-idx1-ubyte": {"mnist": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                                "fashion_mnist": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"},
-    "t10k-images-idx3-ubyte": {"mnist": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                               "fashion_mnist": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"},
-    "t10k-labels-idx1-ubyte": {"mnist": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-                               "fashion_mnist": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"},
-    "cifar-10-binary.tar.gz": {"cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    "mnist": {"train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+              "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+              "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+              "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"},
+    "fashion_mnist": {"train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                      "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+                      "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+                      "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"},
+    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
 }
 TIMEOUT = 20  # seconds a mirror may stay silent
 
@@ -557,38 +552,26 @@ def fail(message, code=2) -> NoReturn:
 
 def fetch(name, file, data_dir):
     """The content of one file of a data set, checked by SHA-256: from --data-dir, Debian's folder or the first good mirror."""
-    folder, digest, tried = Path(data_dir) / name, SHA256[file][name], []
-    packed = file if file.endswith(".tar.gz") else f"{file}.gz"
-    part = folder / f"{packed}.{os.getpid()}.part"
-
-    def read(path):
-        content = path.read_bytes()
-        if path.name.startswith(f"{file}.gz"):
-            content = gzip.decompress(content)
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError("wrong SHA-256")
-        return content
-
-    debian = [Path("/usr/share/datasets/fashion-mnist")] if name == "fashion_mnist" else []
-    places = [place / f for place in (folder, *debian) for f in dict.fromkeys((packed, file))]
-    for source in [*(p for p in places if p.exists()), *(mirror + packed for mirror in MIRRORS[name])]:
+    folder, packed, tried = Path(data_dir) / name, file if file.endswith(".tar.gz") else f"{file}.gz", []
+    folders = [folder] + [Path("/usr/share/datasets/fashion-mnist")] * (name == "fashion_mnist")
+    places = [place / f for place in folders for f in dict.fromkeys((packed, file)) if (place / f).exists()]
+    for source in [*places, *(mirror + packed for mirror in MIRRORS[name])]:
         try:
-            if isinstance(source, Path):
-                return read(source)
-            folder.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(source, timeout=TIMEOUT) as response, open(part, "wb") as f:
-                size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=packed, disable=None) as bar:
-                    while chunk := response.read(1 << 16):
-                        bar.update(f.write(chunk))
-            content = read(part)
-            os.replace(part, folder / packed)
-            return content
-        except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as e:
+            if source in places:
+                raw = source.read_bytes()
+            else:
+                with (urllib.request.urlopen(source, timeout=TIMEOUT) as response,
+                      tqdm.wrapattr(response, "read", response.length, desc=packed, disable=None) as stream):
+                    raw = b"".join(iter(lambda: stream.read(1 << 16), b""))
+            content = gzip.decompress(raw) if str(source).endswith(f"{file}.gz") else raw
+            if hashlib.sha256(content).hexdigest() != SHA256[name][file]:
+                raise ValueError("wrong SHA-256")
+        except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
             tried.append(f"{source} ({e or type(e).__name__})")
-        finally:
-            with suppress(OSError):
-                part.unlink()
+            continue
+        if source not in places:
+            write(folder / packed, lambda f, raw=raw: f.write(raw))
+        return content
     fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put the file there, or use --dataset digits, "
          "which needs no network", 1)
 
@@ -600,13 +583,11 @@ def load_folder(root, size):
     the commonest size where size is 0, and cropped at the centre. What cannot be read is named and skipped.
     """
     Image.init()
-    found = {d: sorted(p for p in d.iterdir() if p.suffix.lower() in Image.EXTENSION and p.is_file())
-             for d in (root, *sorted(d for d in root.iterdir() if d.is_dir()))}
-    folders = [d for d in found if found[d]]
-    if len(folders) > 1 and found[root]:
+    paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
+    folders, images, labels, broken = sorted({p.parent for p in paths}), [], [], []
+    if root in folders[:-1]:
         fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
-    images, labels, broken = [], [], []
-    for path, label in ((path, i) for i, d in enumerate(folders) for path in found[d]):
+    for path in paths:
         try:
             with Image.open(path) as image:
                 if image.mode.startswith("I"):  # 16 bits a pixel
@@ -615,7 +596,7 @@ def load_folder(root, size):
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-                labels.append(label)
+                labels.append(folders.index(path.parent))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
@@ -626,7 +607,7 @@ def load_folder(root, size):
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
     x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
-    return Data(x[~held], y[~held], x[held], y[held], 0 if found[root] else len(folders))
+    return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
 def load_data(name, data_dir, image_size=0) -> Data:
@@ -638,12 +619,12 @@ def load_data(name, data_dir, image_size=0) -> Data:
         x, y = np.round(digits.images[order, None] * 255 / 16).astype(np.uint8), digits.target[order]
         parts = x[297:], y[297:], x[:297], y[:297]
     elif name in ("mnist", "fashion_mnist"):
-        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in IDX_FILES]
+        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in SHA256[name]]
         parts = [r[8:] if i % 2 else r[16:].reshape(-1, 1, 28, 28) for i, r in enumerate(raw)]
     elif name == "cifar10":
         archive = tarfile.open(fileobj=io.BytesIO(fetch(name, "cifar-10-binary.tar.gz", data_dir)))
-        files = [f"cifar-10-batches-bin/{f}.bin" for f in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
-        rows = np.concatenate([np.frombuffer(archive.extractfile(f).read(), np.uint8).reshape(-1, 3073) for f in files])
+        files = sorted(f for f in archive.getnames() if f.endswith(".bin"))  # data_batch_1 to 5, test_batch
+        rows = np.frombuffer(b"".join(archive.extractfile(f).read() for f in files), np.uint8).reshape(-1, 3073)
         x, y = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
         parts = x[:50_000], y[:50_000], x[50_000:], y[50_000:]
     elif Path(name).is_dir():
@@ -657,40 +638,47 @@ def load_data(name, data_dir, image_size=0) -> Data:
     return Data(x, y.long(), x_test, y_test.long(), 10)
 
 
+def checked(kind, comment):
+    """A type for argparse: kind, held to the bound that the field's comment gives as (> 0), (>= 0) or (0 to 1)."""
+    bound = re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comment)
+
+    def convert(text):
+        value, (sign, low, high) = kind(text), bound.groups()
+        if not float(low) <= value <= float(high or sys.float_info.max) or sign == ">" and value == float(low):
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound[0][1:-1]}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
 def parse_args(config_class, argv=None):
     """The command line built from the dataclass: a flag a field, its comment as help -> the config, the names given.
 
-    A bound in a comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2.
+    Whatever is wrong is one line and exit code 2.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists every flag)")
     for field in dataclasses.fields(config_class):
-        name, many, kind = field.name, get_origin(field.type) is tuple, (*get_args(field.type), field.type)[0]
-        options = {"default": argparse.SUPPRESS, "help": f"{comments[name]} [{field.default}]".replace("%", "%%")}
+        comment, kind = comments[field.name], (*get_args(field.type), field.type)[0]
+        options = {"default": argparse.SUPPRESS, "help": f"{comment} [{field.default}]".replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
         else:
-            options |= {"type": kind, "metavar": kind.__name__, "nargs": "+" if many else None}
-        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+            options |= {"type": kind if kind is str else checked(kind, comment), "metavar": kind.__name__,
+                        "nargs": "+" if get_origin(field.type) is tuple else None}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    for name, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"--{name.replace('_', '-')} {value}: must be finite")
-        bound = re.search(r"\((?:(>=?) ([\d.]+)|([\d.]+) to ([\d.]+))\)", comments[name])
-        for v in (value if isinstance(value, tuple) else (value,)) if bound else ():
-            sign, least, low, high = bound.groups()
-            if not (v > float(least) or sign == ">=" and v == float(least) if sign else float(low) <= v <= float(high)):
-                fail(f"--{name.replace('_', '-')} {v}: must be {bound[0][1:-1]}")
     return config_class(**given), set(given)
 
 
 def set_up(cfg):
     """The device, this process's rank and the number of processes (torchrun's); kernels.mode from --kernels."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     kind = there[0] if cfg.device == "auto" else cfg.device
     if kind not in there:
@@ -700,45 +688,23 @@ def set_up(cfg):
     mode = os.environ.get("M2_KERNELS", "auto") if cfg.kernels == "auto" else cfg.kernels
     try:
         import kernels
-        there, why = kernels.available(kind)  # PyPI's unrelated package of this name has none
+        runs, why = kernels.available(kind)  # PyPI's unrelated package of this name has none
         kernels.mode = mode
     except (ImportError, AttributeError):
-        there, why = False, "the folder kernels/ is not beside this script"
-    if mode not in ("auto", "torch", "triton") or mode == "triton" and not there:
+        runs, why = False, "the folder kernels/ is not beside this script"
+    if mode not in ("auto", "torch", "triton") or mode == "triton" and not runs:
         fail(f"--kernels {mode}: {why if mode == 'triton' else 'M2_KERNELS must be auto, torch or triton'}")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
         torch.cuda.set_device(device) if kind == "cuda" else None
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, int(os.environ.get("RANK", 0)), world
-
-
-def average_gradients(parameters):
-    """Replace the gradients by their mean over all processes, in one flat all-reduce."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    for g, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads]), strict=True):
-        g.copy_(mean.view_as(g))
-
-
-@lru_cache(maxsize=4)
-def shuffle(n, seed, epoch):
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
-
-
-@contextmanager
-def writing(path):
-    try:
-        yield
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror or e}", 1)
+    return device, rank, world
 
 
 def write(path, save):
     """save(file) under a temporary name, flushed to disk, then renamed: at any moment path is whole, old or new."""
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
-    with writing(path):
+    try:
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as f:
@@ -748,6 +714,8 @@ def write(path, save):
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror or e}", 1)
 
 
 def save_grid(images, path, columns):
@@ -758,6 +726,11 @@ def save_grid(images, path, columns):
     zoom = max(1, 56 // max(H, W))
     image = Image.fromarray(grid.numpy().squeeze(-1) if C == 1 else grid.numpy())
     write(path, lambda f: image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(f, "png"))
+
+
+@lru_cache(maxsize=4)
+def shuffle(n, seed, epoch):
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
 class Run:
@@ -781,11 +754,10 @@ class Run:
                     fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {self.path} has {value}")
         elif self.out.is_dir() and any(self.out.iterdir()) and not cfg.overwrite:
             fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
-        self.step, self.seconds, self.facts = (self.saved.get(k) for k in ("step", "seconds", "facts"))
-        self.step, self.seconds, self.sums, self.count = self.step or 0, self.seconds or 0.0, {}, 0
+        self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16")
+        self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
 
     def load(self):
         try:
@@ -802,19 +774,18 @@ class Run:
             fail(f"{self.path}: of another version, whose config differs in {', '.join(sorted(fields))}")
         return saved
 
-    def restore(self, parts):
-        """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name, part in parts.items():
-            if name in self.saved:
-                part.load_state_dict(self.saved[name])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-
     def describe(self, data):
         """Note what the data is; a checkpoint of other data is refused."""
         self.facts = {"shape": list(data.train.shape[1:]), "classes": data.classes, "train_images": len(data.train)}
         if self.saved and self.saved["facts"] != self.facts:
             fail(f"--dataset {self.cfg.dataset}: is {self.facts}, the run in {self.path} had {self.saved['facts']}")
+
+    def restore(self, parts):
+        """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
+        for name in parts.keys() & self.saved.keys():
+            parts[name].load_state_dict(self.saved[name])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
     def begin(self, parts):
         """Restore, lay out the directory and save once: what cannot be written is found before any training."""
@@ -850,7 +821,7 @@ class Run:
         """Yield step after step until --steps, --minutes or a stop signal; self.step counts the one under way as done."""
         start, minutes, steps = time.monotonic() - self.seconds, self.cfg.minutes or math.inf, self.cfg.steps or math.inf
         form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
-        with tqdm(total=100, disable=None if self.rank == 0 else True, desc=self.script, bar_format=form) as self.bar:
+        with tqdm(total=100, disable=self.rank > 0 or None, desc=self.script, bar_format=form) as self.bar:
             while True:
                 self.seconds = time.monotonic() - start
                 if self.world > 1:  # all processes stop at the same step
@@ -879,14 +850,19 @@ class Run:
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        if self.world > 1:
-            average_gradients(model.parameters())
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if self.world > 1:  # one flat all-reduce
+            flat = torch.cat([grad.flatten() for grad in grads.values()])
+            dist.all_reduce(flat)
+            means = (flat / self.world).split([grad.numel() for grad in grads.values()])
+            for grad, mean in zip(grads.values(), means, strict=True):
+                grad.copy_(mean.view_as(grad))
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm(grads.values())
         if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
-            bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {(bad or ['none'])[0]}; "
-                 f"{self.path} is the last good checkpoint, a smaller --lr may help", 1)
+            bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
+            fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
+                 "checkpoint, a smaller --lr may help", 1)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -894,24 +870,26 @@ class Run:
 
     def log(self, **metrics):
         """Average metrics, the loss among them, into a line of metrics.jsonl every --log-every steps."""
-        self.count += 1
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+        self.sums.update({name: torch.as_tensor(value).detach() for name, value in metrics.items()} | {"count": 1})
         if self.step % self.cfg.log_every == 0:
-            means = {name: total.item() / self.count for name, total in self.sums.items()}
-            self.sums, self.count = {}, 0
+            count = self.sums.pop("count")
+            means = {name: total.item() / count for name, total in self.sums.items()}
+            self.sums.clear()
             self.write_metrics(**means)
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
         """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
-        lines = (self.out / "metrics.jsonl").read_text().splitlines() if (self.out / "metrics.jsonl").exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        path = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
-            with writing(self.out / "metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
+            try:
+                with open(self.out / "metrics.jsonl", "a") as f:
+                    f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
+            except OSError as e:
+                fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
 
     def curves(self):
         """Every metric against the step, as curves.png."""

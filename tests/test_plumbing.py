@@ -354,12 +354,12 @@ def small_idx(monkeypatch, tmp_path):
     """Writes a data set of 20 + 10 images in the format of MNIST, whose hashes the script then knows."""
     rng = np.random.RandomState(0)
     arrays = [rng.randint(*how) for how in ((0, 256, (20, 28, 28)), (0, 10, 20), (0, 256, (10, 28, 28)), (0, 10, 10))]
-    content = dict(zip(p.IDX_FILES, map(idx, arrays), strict=True))
+    content = dict(zip(p.SHA256["mnist"], map(idx, arrays), strict=True))
 
     def put(name, packed):
         (tmp_path / name).mkdir()
+        monkeypatch.setitem(p.SHA256, name, {file: hashlib.sha256(raw).hexdigest() for file, raw in content.items()})
         for file, raw in content.items():
-            monkeypatch.setitem(p.SHA256, file, {name: hashlib.sha256(raw).hexdigest()})
             (tmp_path / name / (file + ".gz" * packed)).write_bytes(gzip.compress(raw) if packed else raw)
         return arrays
 
@@ -398,7 +398,7 @@ def test_cifar10_archive(tmp_path, monkeypatch, no_network):
     archive, rows = tiny.cifar10_archive()
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "cifar-10-binary.tar.gz").write_bytes(archive)
-    monkeypatch.setitem(p.SHA256, "cifar-10-binary.tar.gz", {"cifar10": hashlib.sha256(archive).hexdigest()})
+    monkeypatch.setitem(p.SHA256, "cifar10", {"cifar-10-binary.tar.gz": hashlib.sha256(archive).hexdigest()})
     data = p.load_data("cifar10", str(tmp_path))
     assert data.train.shape == (50_000, 3, 32, 32) and data.test.shape == (10_000, 3, 32, 32) and data.classes == 10
     assert data.train.dtype == torch.uint8 and data.train_labels.dtype == torch.int64

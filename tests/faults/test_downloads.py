@@ -22,9 +22,10 @@ p = importlib.import_module(SCRIPTS[0])  # the plumbing is the same in all of th
 rng = np.random.RandomState(0)
 IMAGES = [rng.randint(0, 256, (n, 28, 28)).astype(np.uint8) for n in (20, 10)]  # noise: gzip cannot shorten it
 LABELS = [rng.randint(0, 10, n).astype(np.uint8) for n in (20, 10)]
-CONTENT = dict(zip(p.IDX_FILES, (struct.pack(f">HBB{a.ndim}I", 0, 8, a.ndim, *a.shape) + a.tobytes()
+CONTENT = dict(zip(p.SHA256["mnist"], (struct.pack(f">HBB{a.ndim}I", 0, 8, a.ndim, *a.shape) + a.tobytes()
                                  for pair in zip(IMAGES, LABELS, strict=True) for a in pair), strict=True))
 PACKED = {f"{file}.gz": gzip.compress(raw, mtime=0) for file, raw in CONTENT.items()}
+HASHES = {file: hashlib.sha256(raw).hexdigest() for file, raw in CONTENT.items()}
 HTML = b"<!DOCTYPE html><html><body>Please sign in to the network of this hotel</body></html>"
 
 
@@ -142,8 +143,7 @@ def mirrors(monkeypatch):
     """mirrors(fault, ...): the mirrors of MNIST are servers with these faults, "none" being a good one."""
     monkeypatch.setenv("no_proxy", "*")
     running = []
-    for file, raw in CONTENT.items():
-        monkeypatch.setitem(p.SHA256, file, {"mnist": hashlib.sha256(raw).hexdigest()})
+    monkeypatch.setitem(p.SHA256, "mnist", HASHES)
 
     def start(*faults):
         running.extend(Mirror(fault) for fault in faults)
@@ -366,30 +366,26 @@ def test_ctrl_c_during_a_download(mirrors, tmp_path, monkeypatch):
     assert files(tmp_path) == {}
 
 
-def load_from(urls, hashes, data_dir):
-    p.MIRRORS["mnist"] = urls
-    p.SHA256.update(hashes)
+def load_from(urls, data_dir):
+    p.MIRRORS["mnist"], p.SHA256["mnist"] = urls, HASHES
     p.TIMEOUT = 60
     p.load_data("mnist", data_dir)
 
 
 def test_kill_during_a_download(mirrors, tmp_path):
-    """What kill -9 leaves behind is under another name, and the next run is not harmed by it."""
+    """Nothing is written before all has come and is known to be good."""
     first, second = mirrors("silence_midway", "none")
-    hashes = {file: {"mnist": hashlib.sha256(raw).hexdigest()} for file, raw in CONTENT.items()}
-    child = Child(tmp_path / "child", load_from, (first.url,), hashes, str(tmp_path / "data"), env={"no_proxy": "*"})
-    assert child.wait_for(lambda: files(tmp_path / "data"))
+    child = Child(tmp_path / "child", load_from, (first.url,), str(tmp_path / "data"), env={"no_proxy": "*"})
+    assert child.wait_for(lambda: first.asked)
     assert child.kill() == -signal.SIGKILL
-    left = files(tmp_path / "data")
-    assert not any(name.endswith(".gz") for name in left)
+    assert files(tmp_path / "data") == {}
     assert_whole(p.load_data("mnist", str(tmp_path / "data")))
-    assert {n: c for n, c in files(tmp_path / "data").items() if n not in left} == {f"mnist/{f}": c for f, c in PACKED.items()}
+    assert files(tmp_path / "data") == {f"mnist/{file}": content for file, content in PACKED.items()}
 
 
 def test_processes_that_download_at_the_same_time(mirrors, tmp_path):
     (mirror,) = mirrors("none")
-    hashes = {file: {"mnist": hashlib.sha256(raw).hexdigest()} for file, raw in CONTENT.items()}
-    children = [Child(tmp_path / f"child{i}", load_from, (mirror.url,), hashes, str(tmp_path / "data"), env={"no_proxy": "*"})
+    children = [Child(tmp_path / f"child{i}", load_from, (mirror.url,), str(tmp_path / "data"), env={"no_proxy": "*"})
                 for i in range(3)]
     for child in children:
         assert child.join() == 0, child.stderr
@@ -401,7 +397,7 @@ def test_the_archive_of_cifar10(fault, mirrors, tmp_path, capsys, monkeypatch):
     """Checked before anything is unpacked from it."""
     file, (archive, rows) = "cifar-10-binary.tar.gz", tiny.cifar10_archive()
     monkeypatch.setitem(PACKED, file, archive)
-    monkeypatch.setitem(p.SHA256, file, {"cifar10": hashlib.sha256(archive).hexdigest()})
+    monkeypatch.setitem(p.SHA256, "cifar10", {file: hashlib.sha256(archive).hexdigest()})
     bad, good = mirrors(fault, "none")
     monkeypatch.setitem(p.MIRRORS, "cifar10", (bad.url,))
     assert bad.url + file in refused(tmp_path, capsys, "cifar10")

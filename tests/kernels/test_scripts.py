@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import autoregressive
 import diffusion
 import kernels
+import vae
 
 
 @pytest.fixture
@@ -82,6 +83,23 @@ def test_cached_sampling_attends_with_the_kernel(counted):
     for kernels.mode in ("torch", "triton"):
         drawn.append(autoregressive.sample(net, y, noise, cfg)[0])
     assert set(counted) == {"decode_attention"} and torch.equal(*drawn)
+
+
+def test_vae_has_equal_bounds_and_gradients(counted):
+    cfg = vae.Config(prior="flow", likelihood="mixture", width=8, hidden=16, z_dim=4, flow_steps=2, mixtures=2, patch=2)
+    torch.manual_seed(0)
+    model = vae.VAE(1, 6, 6, cfg).to(DEVICE)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, results = torch.randint(0, 256, (3, 1, 6, 6), device=DEVICE), {}
+    for kernels.mode in ("torch", "triton"):
+        torch.manual_seed(1)
+        log_px, kls = vae.elbo(model, x, cfg)
+        grads = torch.autograd.grad((log_px - kls.sum(0)).mean(), list(model.parameters()), allow_unused=True)
+        results[kernels.mode] = [log_px, kls, *(g for g in grads if g is not None)]
+    assert set(counted) == {"affine_coupling", "logistic_mixture"}
+    for a, b in zip(results["torch"], results["triton"], strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
 
 
 def test_what_a_kernel_does_not_take_is_one_line(tmp_path, capsys):

@@ -1,0 +1,444 @@
+"""The mathematics of vae.py: bounds against closed forms, densities that integrate to one, a chain that is Markov."""
+
+import importlib.util
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as D
+from torch import nn
+from torch.testing import assert_close
+
+import tiny
+import vae
+from vae import VAE, Config, Level, elbo, gaussian_kl, infer, iw_bound, log_normal, log_prior, log_prob, log_weights
+
+KINDS = {"plain": {}, "flow": {"prior": "flow"}, "vamp": {"prior": "vamp"}, "iaf": {"posterior": "iaf"},
+         "levels": {"levels": 3}, "all": {"prior": "flow", "posterior": "iaf", "levels": 2},
+         "vamp and iaf": {"prior": "vamp", "posterior": "iaf", "levels": 2}}
+SMALL = {"width": 8, "hidden": 12, "z_dim": 3, "z_channels": 2, "patch": 2, "flow_steps": 2, "pseudo_inputs": 5, "mixtures": 2}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind="plain", shape=(1, 6, 6), std=0.2, **fields):
+    """A small model in float64 whose weights are all random, and its Config."""
+    cfg = Config(**SMALL | KINDS[kind] | fields)
+    torch.manual_seed(0)
+    model = VAE(*shape, cfg).double().eval()
+    for name, p in model.named_parameters():
+        if name != "pseudo":
+            nn.init.normal_(p, std=std)
+    return model, cfg
+
+
+def images(n, shape=(1, 6, 6), white=1):
+    return torch.randint(0, white + 1, (n, *shape))
+
+
+def seeded(function, *args, **kwargs):
+    torch.manual_seed(7)
+    return function(*args, **kwargs)
+
+
+# ---- the parts of the bound, against torch.distributions
+
+
+def test_kl_and_density_of_gaussians():
+    mu, logvar, mu_p, logvar_p, z = torch.randn(5, 4, 3, 2, 2, dtype=torch.float64)
+    q, p = (D.Independent(D.Normal(m, torch.exp(v / 2)), 3) for m, v in ((mu, logvar), (mu_p, logvar_p)))
+    assert_close(gaussian_kl(mu, logvar, mu_p, logvar_p), D.kl_divergence(q, p))
+    assert_close(log_normal(z, mu, logvar), q.log_prob(z))
+    assert_close(gaussian_kl(mu, logvar, mu, logvar), torch.zeros(4, dtype=torch.float64))
+
+
+def test_bernoulli_pixels():
+    params, x = torch.randn(3, 2, 1, 4, 5, dtype=torch.float64), images(3, (2, 4, 5))
+    assert_close(log_prob(params, x, "bernoulli"), D.Bernoulli(logits=params[:, :, 0]).log_prob(x.double()).sum((1, 2, 3)))
+
+
+def test_a_mixture_pixel_sums_to_one():
+    """Over its 256 levels, for extreme parameters too; and the channels are independent given z."""
+    params = torch.randn(1, 1, 6, 1, 7, dtype=torch.float64) * torch.logspace(-2, 2, 7, dtype=torch.float64)
+    for column in params.unbind(4):
+        x = torch.arange(256).view(-1, 1, 1, 1)
+        total = log_prob(column[..., None].expand(256, -1, -1, -1, -1), x, "mixture").exp().sum()
+        assert_close(total, torch.ones((), dtype=torch.float64))
+    params, x = torch.randn(2, 3, 6, 4, 5, dtype=torch.float64), images(2, (3, 4, 5), 255)
+    alone = sum(log_prob(params[:, c:c + 1], x[:, c:c + 1], "mixture") for c in range(3))
+    assert_close(log_prob(params, x, "mixture"), alone)
+
+
+def test_the_mean_of_a_pixel():
+    params = torch.randn(2, 1, 6, 3, 3, dtype=torch.float64) * 0.3
+    params[:, :, 4:] -= 2  # narrow, so that little lies beyond the ends
+    x = torch.arange(256).view(-1, 1, 1, 1)
+    for b, i, j in ((0, 0, 0), (1, 2, 1)):
+        p = log_prob(params[b:b + 1, :, :, i:i + 1, j:j + 1].expand(256, -1, -1, -1, -1), x, "mixture").exp()
+        want = (p * torch.arange(256) / 255).sum().item()
+        assert vae.mean(params, "mixture")[b, 0, i, j].item() == pytest.approx(want, abs=0.01)
+    assert_close(vae.mean(params[:, :, :1], "bernoulli"), torch.sigmoid(params[:, :, 0]))
+
+
+# ---- the bound
+
+
+@every_kind
+def test_the_elbo_is_its_terms(kind):
+    """log p(x | z_1) less the sum of the levels' KLs, each a number an image; the loss is its mean over the batch."""
+    model, cfg = build(kind)
+    x = images(4)
+    log_px, kls = seeded(elbo, model, x, cfg)
+    params, draws = seeded(infer, model, model.encode(vae.scale(model, x)))
+    assert log_px.shape == (4,) and kls.shape == (cfg.levels, 4)
+    assert_close(log_px, log_prob(params, x, cfg.likelihood))
+    assert_close(kls.sum(0), sum(d.kl for d in draws))
+    assert_close(seeded(vae.loss, model, x, cfg)[0], (kls.sum(0) - log_px).mean())
+    assert_close(seeded(vae.loss, model, x, cfg, 0.25)[0], (0.25 * kls.sum(0) - log_px).mean())
+
+
+@every_kind
+def test_one_importance_sample_is_the_elbo(kind):
+    """In expectation where a KL is in closed form, exactly where it is by Monte Carlo with the same z."""
+    model, cfg = build(kind)
+    x = images(2)
+    if cfg.levels == 1 and kind != "plain":
+        log_px, kls = seeded(elbo, model, x, cfg)
+        assert_close(iw_bound(seeded(log_weights, model, x, 1, cfg), 1), log_px - kls.sum(0))
+    many = x.repeat_interleave(20_000, 0)
+    log_px, kls = elbo(model, many, cfg)
+    a, b = (log_px - kls.sum(0)).view(2, -1), log_weights(model, x, 20_000, cfg)
+    error = ((a.var(1) + b.var(1)) / 20_000).sqrt()
+    assert ((a.mean(1) - b.mean(1)).abs() < 5 * error).all() and (error < 0.1).all()
+
+
+def test_the_importance_weighted_bound_against_a_loop():
+    log_w = torch.randn(3, 12, dtype=torch.float64) * 3
+    for k in (1, 2, 3, 5, 12):
+        groups = [log_w[:, i * k:(i + 1) * k] for i in range(12 // k)]
+        want = torch.stack([g.exp().mean(1).log() for g in groups]).mean(0)
+        assert_close(iw_bound(log_w, k), want)
+    rising = torch.stack([iw_bound(log_w, k) for k in (1, 2, 4, 12)])
+    assert (rising.diff(dim=0) >= 0).all()
+
+
+def test_the_bound_rises_with_k_to_the_evidence():
+    """A model of one binary pixel and a z on a line: the evidence by quadrature."""
+    model, cfg = build("plain", (1, 1, 1), std=0.5, z_dim=1, patch=1)
+    x = images(1, (1, 1, 1))
+    grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
+    joint = log_prob(model.decode(grid), x.expand(4001, -1, -1, -1), "bernoulli") + log_prior(model, grid)
+    evidence = (joint.exp().sum() * (grid[1] - grid[0])).log()
+    log_w = log_weights(model, x, 100_000, cfg)
+    bounds = [iw_bound(log_w, k).item() for k in (1, 10, 100, 10_000)]
+    assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(evidence.item(), abs=5e-3)
+
+
+class Linear(nn.Module):
+    """x = W z + noise, W with orthogonal columns so that the posterior is a diagonal Gaussian, of which it is given."""
+
+    below, flow, iaf, pseudo, white = (), (), (), None, 1
+
+    def __init__(self, x_dim=6, z_dim=2, noise=0.5):
+        super().__init__()
+        self.noise, self.z_dim = noise, z_dim
+        self.W = nn.Parameter(torch.linalg.qr(torch.randn(x_dim, z_dim, dtype=torch.float64))[0] * torch.tensor([1.5, 0.7]))
+        self.stem, self.down = nn.Linear(1, 1).double(), [None]
+        precision = 1 + self.W.detach().square().sum(0) / noise**2
+        self.q, self.logvar = nn.Parameter(self.W.detach().T / noise**2 / precision[:, None]), nn.Parameter(-precision.log())
+
+    def encode(self, x):
+        return [(x + 1) / 2]  # what scale did
+
+    def top(self, e):
+        mu = e.flatten(1) @ self.q.T
+        return mu, self.logvar.expand_as(mu), None
+
+    def decode(self, z):
+        return (z @ self.W.T).view(len(z), 1, 1, 1, -1)
+
+    def evidence(self, x):
+        covariance = self.W @ self.W.T + self.noise**2 * torch.eye(len(self.W), dtype=torch.float64)
+        return D.MultivariateNormal(torch.zeros(len(self.W), dtype=torch.float64), covariance).log_prob(x.flatten(1))
+
+
+@pytest.fixture
+def gaussian_pixels(monkeypatch):
+    def log_p(params, x, noise):
+        return D.Normal(params[:, :, 0], noise).log_prob(x).sum((1, 2, 3))
+
+    monkeypatch.setattr(vae, "log_prob", log_p)
+
+
+def test_linear_gaussian_with_the_true_posterior(gaussian_pixels):
+    """Every single weight is the evidence."""
+    torch.manual_seed(0)
+    model, x = Linear(), torch.randn(5, 1, 1, 6, dtype=torch.float64)
+    log_w = log_weights(model, x, 7, SimpleNamespace(likelihood=model.noise))
+    assert_close(log_w, model.evidence(x)[:, None].expand(-1, 7))
+
+
+def test_linear_gaussian_trained_reaches_the_evidence(gaussian_pixels):
+    """From a wrong posterior, by the script's own loss."""
+    torch.manual_seed(0)
+    model, x = Linear(), torch.randn(64, 1, 1, 6, dtype=torch.float64)
+    nn.init.normal_(model.q)
+    nn.init.zeros_(model.logvar)
+    cfg = SimpleNamespace(likelihood=model.noise, free_bits=0.0)
+    optimizer = torch.optim.Adam([model.q, model.logvar], 0.02)
+    gap = []
+    for step in range(1500):
+        value, log_px, kls = vae.loss(model, x, cfg)
+        gap.append((model.evidence(x) - log_px + kls.sum(0)).mean().item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 1500)
+    assert gap[0] > 1 and abs(np.mean(gap[-50:])) < 0.02
+
+
+def test_two_linear_gaussian_levels(gaussian_pixels):
+    """z_2 ~ N(0, 1), z_1 ~ N(A z_2, s^2), x ~ N(B z_1, noise^2): the bound comes down to the evidence in closed form."""
+    torch.manual_seed(0)
+    d, s, noise = 2, 0.8, 0.6
+    A, B = torch.randn(2, d, d, dtype=torch.float64)
+    level = Level(2 * d, d).double()
+    for p in level.parameters():
+        nn.init.normal_(p, std=0.1)  # whatever q is
+    eye = torch.eye(d, dtype=torch.float64)
+    with torch.no_grad():
+        level.p.weight.zero_()
+        level.p.weight[:d, :, 0, 0] = torch.cat([eye, -eye], 1)  # h is the positive and the negative part of A z_2
+        level.p.bias.copy_(torch.tensor([0.0] * d + [6 * math.atanh(2 * math.log(s) / 6)] * d))
+
+    class Two(Linear):
+        below = (level,)
+
+        def encode(self, x):
+            return [x[:, :, 0, :1].expand(-1, 2 * d, -1)[..., None], (x + 1) / 2]
+
+        def decode(self, z):
+            return (z.flatten(1) @ B.T).view(len(z), 1, 1, 1, d)
+
+    model = Two(d, d, noise)
+    nn.init.zeros_(model.q)  # q(z_2 | x) is as wide as the prior
+    nn.init.zeros_(model.logvar)
+    model.down = [None, lambda z: torch.cat([z @ A.T, -z @ A.T], 1)[:, :, None, None]]
+    x = torch.randn(3, 1, 1, d, dtype=torch.float64)
+    log_w = log_weights(model, x, 200_000, SimpleNamespace(likelihood=noise))
+    covariance = B @ (A @ A.T + s**2 * eye) @ B.T + noise**2 * eye
+    want = D.MultivariateNormal(torch.zeros(d, dtype=torch.float64), covariance).log_prob(x.flatten(1))
+    assert_close(iw_bound(log_w, 200_000), want, atol=0.02, rtol=0)
+    assert (iw_bound(log_w, 1) < want - 0.05).all()
+
+
+# ---- the chain
+
+
+def test_each_level_sees_the_one_above_alone():
+    """Every level's log p, and p(x | z_1), computed anew from the level above and nothing else."""
+    model, cfg = build("levels")
+    x = images(3)
+    params, (top, middle, bottom) = infer(model, model.encode(vae.scale(model, x)))
+    assert_close(top.log_p, log_normal(top.z, torch.zeros_like(top.z), torch.zeros_like(top.z)))
+    for i, above, draw in ((1, top, middle), (0, middle, bottom)):
+        level, down = model.below[i], model.down[i + 1]
+        assert_close(draw.log_p, log_normal(draw.z, *level.prior(torch.relu(down(above.z)))))
+    assert_close(params, model.decode(bottom.z))
+
+
+def test_generation_is_that_chain(monkeypatch):
+    """With the noise taken away, descend walks the means of the priors."""
+    model, cfg = build("levels")
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
+    z3 = torch.randn(4, 3, dtype=torch.float64)
+    z2 = model.below[1].prior(torch.relu(model.down[2](z3)))[0]
+    z1 = model.below[0].prior(torch.relu(model.down[1](z2)))[0]
+    assert_close(vae.descend(model, z3), model.decode(z1))
+
+
+def test_a_posterior_without_a_correction_is_the_prior():
+    model, _ = build("levels")
+    level, h, e = model.below[0], *torch.randn(2, 2, 8, 3, 3, dtype=torch.float64)
+    nn.init.zeros_(level.q.weight)
+    nn.init.zeros_(level.q.bias)
+    for a, b in zip(level.prior(h), level.posterior(h, e), strict=True):
+        assert_close(a, b)
+    assert VAE(1, 6, 6, build("levels")[1]).below[0].q.weight.abs().max() == 0  # and so it begins
+
+
+def test_free_bits_cost_nothing():
+    model, cfg = build("levels", free_bits=1e6)
+    value, log_px, kls = vae.loss(model, images(4), cfg)
+    assert_close(value, 3e6 - log_px.mean())
+    grads = torch.autograd.grad(value, [model.below[0].q.weight, model.out.weight], allow_unused=True)
+    assert grads[1].abs().sum() > 0
+
+
+# ---- priors and posteriors
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flow", "vamp"])
+def test_the_prior_integrates_to_one(prior):
+    model, _ = build(prior=prior, z_dim=2, std=0.3)
+    line = torch.linspace(-9, 9, 901, dtype=torch.float64)
+    z = torch.cartesian_prod(line, line)
+    p = log_prior(model, z).exp()
+    assert (p.sum() * (line[1] - line[0]) ** 2).item() == pytest.approx(1, abs=1e-4)
+    draws = vae.sample_prior(model.float(), 100_000).double()  # and what is drawn has the means and the spread of that density
+    p = p / p.sum()
+    mean = (p[:, None] * z).sum(0)
+    assert_close(draws.mean(0), mean, atol=0.02, rtol=0)
+    assert_close(draws.T.cov(), (p[:, None, None] * (z - mean)[:, :, None] * (z - mean)[:, None]).sum(0), atol=0.04, rtol=0)
+
+
+def test_vampprior_is_the_mixture_of_its_posteriors():
+    model, _ = build("vamp")
+    mu, logvar = vae.components(model)
+    assert mu.shape == (5, 3)
+    mixture = D.MixtureSameFamily(D.Categorical(torch.ones(5, dtype=torch.float64)),
+                                  D.Independent(D.Normal(mu, torch.exp(logvar / 2)), 1))
+    z = torch.randn(50, 3, dtype=torch.float64) * 2
+    assert_close(log_prior(model, z), mixture.log_prob(z))
+    x = 2 * model.pseudo.clamp(0, 1) - 1
+    assert_close(mu, model.top(model.encode(x)[-1])[0])
+
+
+def jacobian(function, z):
+    return torch.autograd.functional.jacobian(function, z)
+
+
+@pytest.mark.parametrize("D_", [2, 3, 6])
+def test_flow_prior_step(D_):
+    model, _ = build("flow", z_dim=D_, std=0.5)
+    for z in torch.randn(4, D_, dtype=torch.float64) * 3:
+        for step in model.flow:
+            u, log_det = step(z[None])
+            assert_close(log_det[0], torch.linalg.slogdet(jacobian(lambda z, s=step: s(z[None])[0][0], z))[1])
+            assert_close(step.inverse(u)[0], z)
+
+
+@pytest.mark.parametrize("D_", [1, 2, 5])
+def test_iaf_step(D_):
+    """Triangular in the order in which it runs; log |det| by autograd."""
+    model, _ = build("iaf", z_dim=D_, std=0.5)
+    context = torch.randn(1, 12, dtype=torch.float64)
+    for z in torch.randn(4, D_, dtype=torch.float64) * 2:
+        for step in model.iaf:
+            J = jacobian(lambda z, s=step: s(z[None], context)[0][0], z)
+            assert_close(step(z[None], context)[1][0], torch.linalg.slogdet(J)[1])
+            flipped = J.flip(1)
+            assert_close(flipped, flipped.tril())
+
+
+def test_iaf_posterior_is_a_density():
+    """E_q[p(z) / q(z)] = 1 for any p that q covers, here a narrow Gaussian."""
+    model, cfg = build("iaf", z_dim=2, std=0.3)
+    e = [a.expand(200_000, -1, -1, -1) for a in model.encode(vae.scale(model, images(1)))]
+    top = infer(model, e)[1][0]
+    centre = top.z.mean(0)
+    ratio = (log_normal(top.z, centre.expand_as(top.z), torch.full_like(top.z, -2.0)) - top.log_q).exp()
+    assert ratio.mean().item() == pytest.approx(1, abs=5 * ratio.std().item() / len(ratio) ** 0.5)
+
+
+# ---- sizes and the script
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (1, 28, 28), (3, 33, 49)])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "mixture"])
+def test_any_size(shape, likelihood):
+    model, cfg = build("all", shape, likelihood=likelihood, patch=4)
+    x = images(2, shape, model.white)
+    log_px, kls = elbo(model, x, cfg)
+    assert log_px.isfinite().all() and kls.isfinite().all()
+    z = vae.sample_prior(model.float(), 3)
+    out = vae.mean(vae.descend(model, z), likelihood)
+    assert out.shape == (3, *shape) and out.min() >= 0 and out.max() <= 1
+
+
+TINY = [*tiny.TINY["vae"].split(), *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
+
+
+@pytest.fixture()
+def digits(monkeypatch):
+    return tiny.small_digits(vae, monkeypatch)
+
+
+def final(out):
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", [
+    "--prior flow", "--prior vamp", "--posterior iaf", "--levels 3 --free-bits 0.1", "--likelihood mixture --mixtures 2",
+    "--prior vamp --posterior iaf --levels 2", "--binarize static --beta 0.5", "--z-dim 2 --patch 4 --image-size 11",
+    "--temperature 0.5 --blocks 0", "--amp bf16 --kernels torch", "--minutes 0.02 --kl-warmup 0"])
+def test_every_option_runs(digits, tmp_path, flags):
+    out = tmp_path / "run"
+    vae.main([*TINY, "--out", str(out), *flags.split()])
+    names = {"config.json", "metrics.jsonl", "samples.png", "curves.png", "checkpoint.pt", "samples.npz", "reconstructions.png",
+             "interpolations.png"}
+    assert names <= {p.name for p in out.iterdir()}
+    assert (out / "manifold.png").exists() == ("--z-dim 2" in flags)
+    found = np.load(out / "samples.npz")["images"]
+    assert found.shape[0] == 4 and found.dtype == np.uint8
+    assert all(math.isfinite(final(out)[f"test_{name}"]) for name in ("elbo", "iw_1", "iw_2", "kl_1", "active_1"))
+
+
+def test_what_is_printed_is_measured(digits, tmp_path, capsys, monkeypatch):
+    """The test figures against the maths on the test split binarised with seed 0, with the draws taken away."""
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
+    monkeypatch.setattr(vae, "BATCH", 3)  # the last batch is a short one
+    out = tmp_path / "run"
+    vae.main([*TINY, "--out", str(out), "--levels", "2"])
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    cfg = vae.choose(Config(**saved["config"]), 8, 8)
+    model = VAE(1, 8, 8, cfg).eval()
+    model.load_state_dict(saved["ema"])
+    x = (torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test).long()
+    with torch.no_grad():
+        log_px, kls = elbo(model, x, cfg)
+        found = final(out)
+        assert found["test_elbo"] == pytest.approx((kls.sum(0) - log_px).mean().item(), rel=1e-5)
+        assert found["test_kl_2"] == pytest.approx(kls[0].mean().item(), abs=1e-5)
+        assert found["test_iw_1"] == pytest.approx(-log_weights(model, x, 1, cfg).mean().item(), rel=1e-5)
+        assert found["test_iw_1"] == pytest.approx(found["test_iw_2"], rel=1e-6)  # all draws are the same
+    printed = capsys.readouterr().out
+    assert f"{found['test_iw_2']:.3f} nats" in printed and "k = 2" in printed and "8 test images" in printed
+
+
+def test_a_collapsed_level_is_told(digits, tmp_path, capsys):
+    vae.main([*TINY, "--out", str(tmp_path / "run"), "--beta", "1000", "--kl-warmup", "0", "--steps", "30", "--lr", "0.01",
+              "--ema", "0.01"])
+    assert final(tmp_path / "run")["test_active_1"] == 0
+    assert "WARNING" in capsys.readouterr().out
+
+
+def test_a_lone_copy_computes_the_same(monkeypatch):
+    """Without the folder kernels/, the few lines under `except ImportError` take the operations' place."""
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    for name in [n for n in sys.modules if n.startswith("kernels.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("lone", vae.__file__)
+    monkeypatch.setitem(sys.modules, "lone", lone := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(lone)
+    assert lone.affine_coupling.__module__ == lone.logistic_mixture.__module__ == "lone"
+    model, cfg = build("all", likelihood="mixture")
+    copy = lone.VAE(1, 6, 6, cfg).double().eval()
+    copy.load_state_dict(model.state_dict())
+    x = images(3, white=255)
+    for a, b in zip(seeded(elbo, model, x, cfg), seeded(lone.elbo, copy, x, cfg), strict=True):
+        assert_close(a, b)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    for a, b in zip(model.flow, copy.flow, strict=True):
+        assert_close(a.inverse(z), b.inverse(z))
+
+
+@pytest.mark.parametrize("flags", ["--z-dim 1 --prior flow", "--temperature 0", "--levels 0", "--iw-samples 0"])
+def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vae.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and flags.split()[0] in line and line.count("\n") == 1

@@ -87,9 +87,9 @@ class Config:
     patch: int = 0  # pixels a side folded into channels at the door; 0: 2 below 16 pixels, else 4 (>= 0)
     width: int = 32  # channels of encoder and decoder (> 0)
     blocks: int = 1  # residual blocks a level, up and down (>= 0)
-    hidden: int = 256  # units of the networks in the flow prior and in IAF (> 0)
+    hidden: int = 128  # units of the networks in the flow prior and in IAF (> 0)
     flow_steps: int = 4  # couplings of the flow prior, steps of IAF (> 0)
-    pseudo_inputs: int = 200  # components of the VampPrior (> 0)
+    pseudo_inputs: int = 100  # components of the VampPrior (> 0)
     mixtures: int = 5  # logistics in --likelihood mixture (> 0)
     beta: float = 1.0  # weight of the KL in training (>= 0)
     kl_warmup: int = 1000  # steps in which that weight rises from 0 (>= 0)
@@ -118,6 +118,17 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Spread(nn.Linear):
+    """A vector to a map: z (B,z_dim) -> (B,width,H',W')."""
+
+    def __init__(self, z_dim, width, rows, columns):
+        super().__init__(z_dim, rows * columns * width)
+        self.shape = rows, columns, width
+
+    def forward(self, z):
+        return super().forward(z).unflatten(1, self.shape).permute(0, 3, 1, 2)
 
 
 class Level(nn.Module):
@@ -193,9 +204,9 @@ class VAE(nn.Module):
         self.shape = channels, K
         self.stem = nn.Conv2d(channels * cfg.patch**2, w, 1)
         self.up = nn.ModuleList(nn.Sequential(*(ResBlock(w) for _ in range(cfg.blocks))) for _ in range(L))
-        self.to_top = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(w * rows * columns, 2 * cfg.z_dim + cfg.hidden))
-        entries = [nn.Conv2d(cfg.z_channels, w, 1) for _ in range(L - 1)]
-        entries.append(nn.Sequential(nn.Linear(cfg.z_dim, w * rows * columns), nn.Unflatten(1, (w, rows, columns))))
+        context = cfg.hidden if cfg.posterior == "iaf" else 0
+        self.to_top = nn.Linear(w * rows * columns, 2 * cfg.z_dim + context)
+        entries = [*(nn.Conv2d(cfg.z_channels, w, 1) for _ in range(L - 1)), Spread(cfg.z_dim, w, rows, columns)]
         self.down = nn.ModuleList(nn.Sequential(entry, *(ResBlock(w) for _ in range(cfg.blocks))) for entry in entries)
         self.below = nn.ModuleList(Level(w, cfg.z_channels) for _ in range(L - 1))  # z_1 ... z_L-1
         self.out = nn.Conv2d(w, channels * K * cfg.patch**2, 1)
@@ -205,16 +216,16 @@ class VAE(nn.Module):
         self.pseudo = nn.Parameter(torch.rand(cfg.pseudo_inputs, channels, H, W)) if cfg.prior == "vamp" else None
 
     def encode(self, x):
-        """x (B,C,H,W) in [-1,1] -> e_1 ... e_L, (B,width,H',W'), each from the one before: what q knows of x at each level."""
+        """x (B,C,H,W) in [-1,1] -> what q is told of x at each level: e_1 ... e_L-1 (B,width,H',W'), at the top a vector."""
         H, W = self.size
         e = [self.stem(F.pixel_unshuffle(F.pad(x, (0, -W % self.patch, 0, -H % self.patch)), self.patch))]
         for block in self.up:
             e.append(block(e[-1]))
-        return e[1:]
+        return [*e[1:-1], self.to_top(F.relu(e[-1]).permute(0, 2, 3, 1).flatten(1))]
 
     def top(self, e):
-        """mu, logvar (B,z_dim) of q(z_L | x), and what IAF is told of x (B,hidden)."""
-        mu, logvar, context = self.to_top(e).tensor_split((self.z_dim, 2 * self.z_dim), 1)
+        """mu, logvar (B,z_dim) of q(z_L | x), and what IAF is told of x (B,hidden), from e_L."""
+        mu, logvar, context = e.tensor_split((self.z_dim, 2 * self.z_dim), 1)
         return mu, bounded(logvar), context
 
     def decode(self, z):
@@ -272,7 +283,7 @@ class Draw(NamedTuple):
     """A level of the chain, drawn from the posterior; log q, log p and KL(q || p) are (B,)."""
 
     z: torch.Tensor
-    mu: torch.Tensor
+    shift: torch.Tensor  # what x adds to the mean, in standard deviations of the prior
     log_q: torch.Tensor
     log_p: torch.Tensor
     kl: torch.Tensor  # in closed form where both are Gaussian, else log q - log p at this z
@@ -293,13 +304,13 @@ def infer(model, e):
     for level, down, e_l in reversed(list(zip(model.below, model.down[1:], e[:-1], strict=True))):
         h = F.relu(down(z))
         p, q = level.prior(h), level.posterior(h, e_l)
-        z = draw(*q)
-        draws.append(Draw(z, q[0], log_normal(z, *q), log_normal(z, *p), gaussian_kl(*q, *p)))
+        z, shift = draw(*q), (q[0] - p[0]) * torch.exp(-p[1] / 2)
+        draws.append(Draw(z, shift, log_normal(z, *q), log_normal(z, *p), gaussian_kl(*q, *p)))
     return model.decode(z), draws
 
 
 def scale(model, x):
-    return 2 * x.to(model.stem.weight.dtype) / model.white - 1  # [-1,1]
+    return 2 * x.to(model.stem.weight.dtype, memory_format=torch.channels_last) / model.white - 1  # [-1,1]
 
 
 def elbo(model, x, cfg):
@@ -418,8 +429,8 @@ def evaluate(ema, data, cfg, run):
     """Bounds on -log p(x) over the whole test split, which is binarised once; KL and active units of each level."""
     torch.manual_seed(cfg.seed)
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
-    sums, mus = {}, [[] for _ in range(cfg.levels)]
-    each = min(cfg.iw_samples, 10)  # draws at once
+    sums, shifts = {}, [[] for _ in range(cfg.levels)]
+    each = min(cfg.iw_samples, 4)  # draws at once, few enough to stay in the cache
     for x in test.split(BATCH):
         x = x.to(run.device)
         log_px, kls = elbo(ema, x, cfg)
@@ -434,11 +445,11 @@ def evaluate(ema, data, cfg, run):
             metrics[f"iw_{k}"] = -iw_bound(log_w, k)
         for name, nats in metrics.items():
             sums[name] = sums.get(name, 0) + nats.cpu().double().sum().item()
-        for mu, d in zip(mus, infer(ema, ema.encode(scale(ema, x)))[1], strict=True):
-            mu.append(d.mu.flatten(1).cpu())
+        for shift, d in zip(shifts, infer(ema, ema.encode(scale(ema, x)))[1], strict=True):
+            shift.append(d.shift.flatten(1).cpu())
     metrics = {f"test_{name}": total / len(test) for name, total in sums.items()}
-    for i, mu in enumerate(mus):  # Burda: a unit is active if its mean moves with x
-        metrics[f"test_active_{cfg.levels - i}"] = (torch.cat(mu).var(0) > 0.01).float().mean().item()
+    for i, shift in enumerate(shifts):  # IWAE sec. 5.2: a unit is active if its mean moves with x
+        metrics[f"test_active_{cfg.levels - i}"] = (torch.cat(shift).var(0) > 0.01).float().mean().item()
     return metrics
 
 

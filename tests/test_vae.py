@@ -337,7 +337,7 @@ def test_iaf_step(D_):
 def test_iaf_posterior_is_a_density():
     """E_q[p(z) / q(z)] = 1 for any p that q covers, here a narrow Gaussian."""
     model, cfg = build("iaf", z_dim=2, std=0.3)
-    e = [a.expand(200_000, -1, -1, -1) for a in model.encode(vae.scale(model, images(1)))]
+    e = [a.expand(200_000, *a.shape[1:]) for a in model.encode(vae.scale(model, images(1)))]
     top = infer(model, e)[1][0]
     centre = top.z.mean(0)
     ratio = (log_normal(top.z, centre.expand_as(top.z), torch.full_like(top.z, -2.0)) - top.log_q).exp()

@@ -286,7 +286,7 @@ def test_checkpoints_hold_only_tensors_and_plain_types(straight):
 
 
 def test_what_a_run_leaves(straight, module):
-    pictures = {"vae": {"reconstructions.png", "interpolations.png"}}.get(module.__name__, set())
+    pictures = {"vae": {"reconstructions.png", "interpolations.png"}, "flow": {"interpolations.png"}}.get(module.__name__, set())
     assert set(snapshot(straight())) == pictures | {
         "checkpoint.pt", "config.json", "metrics.jsonl", "samples.npz", "samples.png", "samples/step_000002.png",
         "samples/step_000004.png"}  # and curves.png, which these tests do not draw

@@ -1,0 +1,356 @@
+"""The mathematics of flow.py: determinants by autograd, inverses, densities that integrate to one, exact bits per dimension."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import flow
+import tiny
+from flow import Config, Flow, dequantize, initialise, log_density, log_likelihood, log_normal, sample
+
+KINDS = {"additive": {"arch": "glow", "coupling": "additive"}, "affine": {"arch": "glow", "coupling": "affine"},
+         "spline": {"arch": "glow", "coupling": "spline"}, "tarflow": {"arch": "tarflow"}}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind, shape=(1, 4, 4), std=0.15, classes=3, **fields):
+    """A small flow in float64 whose weights are all random, and its Config."""
+    C, H, W = shape
+    small = {"width": 8, "depth": 2, "layers": 1, "n_head": 2, "bins": 4}
+    cfg = flow.choose(Config(**small | KINDS[kind] | fields), H, W)
+    torch.manual_seed(0)
+    model = Flow(C, H, W, classes, cfg).double().eval()
+    for name, p in model.named_parameters():
+        if not name.endswith((".L", ".U")):  # the 1x1 convolutions are rotations already
+            nn.init.normal_(p, std=std)
+    return model, cfg
+
+
+def batch(n, shape, scale=0.7):
+    return scale * torch.randn(n, *shape, dtype=torch.float64), torch.arange(n) % 3
+
+
+def flat(eps):
+    return torch.cat([e.flatten(1) for e in eps], 1)
+
+
+# ---- change of variables
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 2, 6), (1, 5, 3), (1, 1, 1), (3, 2, 2)])
+def test_log_det_and_inverse(kind, shape):
+    """log |det| is that of autograd's Jacobian, and the inverse brings back what went in: odd sizes lose and gain nothing."""
+    model, cfg = build(kind, shape)
+    x, y = batch(3, shape)
+    eps, log_det = model.f(x, y)
+    assert [e.shape[1:] for e in eps] == [torch.Size(s) for s in model.f.noise_shapes]
+    assert sum(e[0].numel() for e in eps) == x[0].numel()
+    log_det = torch.as_tensor(log_det).expand(3)
+    for b in range(3):
+        J = torch.autograd.functional.jacobian(lambda v, b=b: flat(model.f(v[None], y[b:b + 1])[0])[0], x[b])
+        assert_close(log_det[b], torch.linalg.slogdet(J.view(x[0].numel(), -1))[1])
+    for how in ("cached", "jacobi"):
+        with torch.no_grad():
+            assert_close(model.f.inverse(eps, y, how)[0], x, atol=1e-6, rtol=1e-6)
+
+
+@every_kind
+def test_log_det_of_the_inverse(kind):
+    """The Jacobian of the inverse, whole, has the determinant's reciprocal."""
+    shape = (1, 4, 2)
+    model, cfg = build(kind, shape)
+    x, y = batch(1, shape)
+    eps, log_det = model.f(x, y)
+    sizes = [e[0].numel() for e in eps]
+
+    def back(z):
+        parts = [p.view(1, *s) for p, s in zip(z.split(sizes), model.f.noise_shapes, strict=True)]
+        return model.f.inverse(parts, y, "jacobi")[0].flatten()
+
+    J = torch.autograd.functional.jacobian(back, flat(eps)[0])
+    assert_close(-torch.linalg.slogdet(J)[1], torch.as_tensor(log_det).expand(1)[0])
+
+
+@every_kind
+def test_inverse_far_out_and_after_training(kind):
+    """In the tails of the splines and at the edges of their bins, and with the weights that training leaves."""
+    shape = (1, 4, 4)
+    model, cfg = build(kind, shape, std=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    data, y = batch(64, shape)
+    data = data.sign() * data.abs().sqrt()
+    before = -log_density(model, data, y).mean()
+    for _ in range(60):
+        loss = -log_density(model, data, y).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < before - 1
+    for scale in (1.0, 3.0):  # further out a spline flow shrinks by up to e^-30, more than float64 can bring back
+        x = data[:8] * scale
+        x[:, :, 0, 0] = torch.linspace(-3, 3, 8)[:, None]
+        with torch.no_grad():
+            assert_close(model.f.inverse(model.f(x, y[:8])[0], y[:8], "cached")[0], x, rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+def test_the_density_integrates_to_one(kind):
+    """An image of two pixels."""
+    shape = (1, 1, 2) if kind == "tarflow" else (2, 1, 1)
+    model, cfg = build(kind, shape, std=0.3)
+    if kind != "tarflow":
+        model.f = TwoChannels(Config(**KINDS[kind], width=8, bins=4))
+    line = torch.linspace(-12, 12, 1201, dtype=torch.float64)
+    v = torch.cartesian_prod(line, line).view(-1, *shape)
+    with torch.no_grad():
+        total = sum(log_density(model, part, torch.ones(len(part), dtype=torch.long)).exp().sum() for part in v.split(100_000))
+    assert (total * (line[1] - line[0]) ** 2).item() == pytest.approx(1, abs=2e-3)
+
+
+class TwoChannels(nn.Module):
+    """Three steps of Glow over two channels, without a squeeze."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        torch.manual_seed(1)
+        self.steps = nn.ModuleList(flow.Step(2, 3, cfg) for _ in range(3)).double()
+        for name, p in self.steps.named_parameters():
+            if not name.endswith((".L", ".U")):
+                nn.init.normal_(p, std=0.3)
+
+    def forward(self, x, y):
+        total = 0
+        for step in self.steps:
+            x, log_det = step(x, y)
+            total = total + log_det
+        return [x], total
+
+
+def test_actnorm_is_set_from_data_once():
+    model, cfg = build("affine")
+    x, y = batch(200, (1, 4, 4))
+    x = 3 * x + 1
+    initialise(model, x, y)
+    step = model.f.scales[0]["steps"][0]
+    h = (flow.F.pixel_unshuffle(x, 2) + step.shift[:, None, None]) * torch.exp(step.log_scale)[:, None, None]
+    assert_close(h.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert_close(h.std((0, 2, 3)), torch.ones(4, dtype=torch.float64), atol=1e-3, rtol=0)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.f(x * 5, y)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    again, _ = build("affine", std=0.7)
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(model.f(x, y)[0], again.f(x, y)[0], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "spline"])
+def test_recomputing_changes_no_gradient(kind):
+    shape = (1, 8, 8)
+    model, cfg = build(kind, shape, recompute=True)
+    x, y = batch(5, shape)
+    results = []
+    for model.f.recompute in (False, True):
+        v = x.clone().requires_grad_()
+        density = log_density(model, v, y)
+        results.append([density, *torch.autograd.grad(density.mean(), [v, *model.parameters()])])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+# ---- the transformer flow
+
+
+def test_a_block_is_causal():
+    model, cfg = build("tarflow", (1, 4, 6), patch=2)
+    block, y = model.f.blocks[0], torch.tensor([1])
+    x = torch.randn(1, 6, 4, dtype=torch.float64)
+    J = torch.autograd.functional.jacobian(lambda x: block.params(x, y).view(1, 2, 6, 4).sum(1), x)  # (1,6,4,1,6,4)
+    seen = J.abs().sum((0, 2, 3, 5))
+    assert (seen.triu() == 0).all() and (seen.sum(1)[1:] > 0).all()
+
+
+def test_both_inverses_are_the_same():
+    """Fixed-point iteration against one position at a time, at most as many passes as there are positions."""
+    model, cfg = build("tarflow", (1, 8, 8), patch=2, std=0.3)
+    z, y = [torch.randn(4, 16, 4, dtype=torch.float64)], torch.tensor([0, 1, 2, 0])
+    a, steps = sample(model, z, y, cfg)
+    b, passes = sample(model, z, y, dataclasses.replace(cfg, inverse="jacobi"))
+    assert_close(a, b, atol=1e-4, rtol=0)
+    assert steps == 2 * 16 and 2 < passes <= steps
+
+
+def test_denoising_gaussian_data():
+    """Tweedie: data N(0, 1) seen through noise of deviation s has the posterior mean v / (1 + s^2)."""
+    class Gaussian(nn.Module):
+        def forward(self, v, y):
+            return [v / math.sqrt(1 + 0.3**2)], v.new_zeros(len(v))
+
+    model = nn.Module()
+    model.f = Gaussian()
+    v, y = batch(5, (1, 3, 3))
+    assert_close(flow.denoise(model, v, y, 0.3), v / (1 + 0.3**2))
+
+
+# ---- likelihood
+
+
+@every_kind
+def test_uniform_data_has_eight_bits(kind):
+    """Under a uniform density, here that of a flow replaced by one, 8-bit data has exactly 8 bits/dim."""
+    model, cfg = build(kind)
+
+    class Uniform(nn.Module):
+        def forward(self, v, y):  # density 1/2 a dimension on [-1,1]
+            return [v * 0], torch.full((len(v),), v[0].numel() * (math.log(0.5) + 0.5 * math.log(2 * math.pi)), dtype=v.dtype)
+
+    model.f = Uniform()
+    x, y = torch.randint(0, 256, (6, 1, 4, 4)), torch.zeros(6, dtype=torch.long)
+    v, log_q = dequantize(model, x)
+    assert v.min() >= -1 and v.max() <= 1
+    assert_close(log_likelihood(model, v.double(), log_q, y), torch.full((6,), -16 * math.log(256), dtype=torch.float64))
+
+
+def test_a_known_gaussian_has_its_known_bits():
+    """v ~ N(0, s^2): bits = entropy of that density in units of a level, 128 a unit of v."""
+    s = 0.2
+
+    class Known(nn.Module):
+        def forward(self, v, y):
+            return [v / s], v.new_full((len(v),), -v[0].numel() * math.log(s))
+
+    model = nn.Module()
+    model.f = Known()
+    torch.manual_seed(0)
+    v = s * torch.randn(20_000, 1, 2, 2, dtype=torch.float64)
+    bits = -log_likelihood(model, v, 0, torch.zeros(20_000, dtype=torch.long)) / 4 / math.log(2)
+    want = math.log2(128 * s * math.sqrt(2 * math.pi * math.e))
+    assert bits.mean().item() == pytest.approx(want, abs=4 * (bits.std() / len(bits) ** 0.5).item())
+
+
+def test_dequantised_levels_stay_in_their_bins():
+    for kind in ("uniform", "variational"):
+        model, cfg = build("affine", dequantize=kind)
+        x = torch.randint(0, 256, (4, 1, 4, 4))
+        v, _ = dequantize(model.float(), x)
+        assert torch.equal(((v + 1) * 128).floor().clamp(0, 255).long(), x) or kind == "variational"
+        u = (v + 1) * 128 - x
+        assert u.min() > -1e-3 and u.max() < 1 + 1e-3
+        assert torch.equal(flow.to_uint8((x + 0.5) / 128 - 1), x.byte())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (3, 3, 5)])
+def test_the_learned_noise_is_a_density(shape):
+    """log q(u | x) against autograd: that of the Gaussian noise less log |det du/dnoise|."""
+    model, cfg = build("affine", shape, dequantize="variational", std=0.1)
+    net, x = model.dequantizer, torch.rand(1, *shape, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(1, *shape, dtype=torch.float64)
+    original = torch.randn_like
+    try:
+        def u_of(n):
+            torch.randn_like = lambda _: n
+            return net(x)
+        u, log_q = u_of(noise)
+        J = torch.autograd.functional.jacobian(lambda n: u_of(n)[0].flatten(), noise).view(noise.numel(), -1)
+    finally:
+        torch.randn_like = original
+    assert_close(log_q[0], (log_normal([noise]) - torch.linalg.slogdet(J)[1])[0])
+    assert u.min() > 0 and u.max() < 1
+
+
+def test_labels_matter_and_their_mean_is_the_likelihood():
+    """p(x) = sum_y p(x | y) / 3, on a split whose last batch is a short one."""
+    model, cfg = build("tarflow", std=0.4)
+    model.float()
+    images = torch.randint(0, 256, (7, 1, 4, 4), dtype=torch.uint8)
+
+    class Run:
+        device = "cpu"
+
+        def check(self):
+            pass
+
+    whole = flow.bits_per_dim(model, images, 3, cfg, Run())
+    generator = torch.Generator().manual_seed(cfg.seed)
+    v, _ = dequantize(model, images, generator)
+    with torch.no_grad():
+        logs = torch.stack([log_likelihood(model, v, 0, torch.full((7,), label)).double() for label in range(3)])
+    assert logs.std(0).min() > 1e-3
+    assert_close(whole, -(logs.exp().mean(0).log()) / 16 / math.log(2), rtol=1e-5, atol=1e-5)
+
+
+# ---- the script
+
+TINY = [*tiny.TINY["flow"].split(), *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
+
+
+@pytest.fixture()
+def digits(monkeypatch):
+    return tiny.small_digits(flow, monkeypatch)
+
+
+def final(out):
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", [
+    "--arch glow", "--arch glow --coupling additive --recompute", "--arch glow --coupling spline --bins 4",
+    "--arch glow --scales 1 --no-labels --dequantize variational", "--inverse jacobi --label 2", "--noise 0.05 --patch 4",
+    "--compare digits --temperature 0.5", "--no-labels --minutes 0.02", "--kernels torch --layers 1"])
+def test_every_option_runs(digits, tmp_path, flags):
+    out = tmp_path / "run"
+    flow.main([*TINY, "--out", str(out), *flags.split()])
+    names = {"config.json", "metrics.jsonl", "samples.png", "curves.png", "checkpoint.pt", "samples.npz", "interpolations.png"}
+    assert names <= {p.name for p in out.iterdir()}
+    assert (out / "likelihoods.png").exists() == ("--compare" in flags)
+    found = np.load(out / "samples.npz")["images"]
+    assert found.shape[0] == 4 and found.dtype == np.uint8
+    assert math.isfinite(final(out)["test_bpd"])
+    if "--compare digits" in flags:
+        assert final(out)["compare_bpd"] == final(out)["test_bpd"]
+
+
+def test_temperature_nought_gives_one_image_a_class(digits, tmp_path):
+    flow.main([*TINY, "--out", str(tmp_path / "run"), "--temperature", "0", "--label", "1"])
+    images = np.load(tmp_path / "run" / "samples.npz")["images"]
+    assert (images == images[0]).all()
+
+
+def test_a_lone_copy_computes_the_same(monkeypatch):
+    """Without the folder kernels/, the lines under `except ImportError` take the operations' place."""
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    for name in [n for n in sys.modules if n.startswith("kernels.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("lone", flow.__file__)
+    monkeypatch.setitem(sys.modules, "lone", lone := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(lone)
+    assert lone.affine_coupling.__module__ == lone.spline_coupling.__module__ == lone.decode_attention.__module__ == "lone"
+    for kind in KINDS:
+        model, cfg = build(kind, (1, 5, 6), std=0.3)
+        copy = lone.Flow(1, 5, 6, 3, cfg).double().eval()
+        copy.load_state_dict(model.state_dict())
+        x, y = batch(4, (1, 5, 6), 2.0)
+        assert_close(lone.log_density(copy, x, y), log_density(model, x, y))
+        eps = model.f(x, y)[0]
+        assert_close(lone.sample(copy, eps, y, cfg)[0], sample(model, eps, y, cfg)[0])
+
+
+@pytest.mark.parametrize("flags", ["--patch 3", "--scales 4 --arch glow", "--label 10", "--n-head 3", "--temperature -1",
+                                   "--compare nowhere"])
+def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys, monkeypatch):
+    if "compare" in flags:
+        known = {"digits": digits}
+        monkeypatch.setattr(flow, "load_data", lambda name, *args: known.get(name) or flow.fail(f"--dataset {name}"))
+    with pytest.raises(SystemExit) as stop:
+        flow.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1
+    assert flags.split()[0] in line or "compare" in flags

@@ -95,7 +95,7 @@ def test_inverse_far_out_and_after_training(kind):
         loss.backward()
         optimizer.step()
     assert loss < before - 1
-    for scale in (1.0, 3.0):  # further out a spline flow shrinks by up to e^-30, more than float64 can bring back
+    for scale in (1.0, 3.0):  # further out a spline flow may shrink by e^-30, more than float64 brings back
         x = data[:8] * scale
         x[:, :, 0, 0] = torch.linspace(-3, 3, 8)[:, None]
         with torch.no_grad():

@@ -106,6 +106,7 @@ class Config:
     labels: bool = True  # condition on the class; the test likelihood then is the exact mean over classes
     dropout: float = 0.0  # dropout in the blocks (0 to 1)
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
+    decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
     # sampling: free to change on a trained model
     sampler: Literal["cached", "naive", "jacobi"] = "cached"  # three ways to one and the same sample
     temperature: float = 1.0  # of the samples, less is nearer to the mode (> 0)
@@ -559,7 +560,7 @@ def train(model, ema, data, cfg, run):
     model.train()
     for step in run.steps():
         x, y = run.batch(data)
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         with run.autocast():
             nats = -log_likelihood(net, to_levels(x, cfg), y * cfg.labels, cfg).mean()
         norm = run.update(nats / x[0].numel(), model, optimizer)

@@ -118,6 +118,7 @@ class Config:
     labels: bool = True  # condition on the class; the test likelihood then is that of the exact mean over classes
     recompute: bool = False  # glow: keep no activations, backward computes them again from the output
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
+    decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
     # evaluation and sampling: free to change on a trained model
     inverse: Literal["cached", "jacobi"] = "cached"  # tarflow: one position at a time, or all until nothing changes
     temperature: float = 1.0  # of the noise that samples are made of, 0 gives the mode (>= 0)
@@ -500,7 +501,7 @@ def train(model, ema, data, cfg, run):
     dims = data.train[0].numel()
     for step in run.steps():
         x, y = run.batch(data)
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         with run.autocast():
             v, log_q = dequantize(model, x)
             loss = -objective(model, v + cfg.noise * torch.randn_like(v), log_q, y * cfg.labels).mean() / dims

@@ -95,6 +95,7 @@ class Config:
     kl_warmup: int = 1000  # steps in which that weight rises from 0 (>= 0)
     free_bits: float = 0.0  # nats of KL a level that cost nothing in training (>= 0)
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
+    decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
     # evaluation and sampling: free to change on a trained model
     iw_samples: int = 100  # importance samples of the test bound; those of every power of ten up to it are given too (> 0)
     temperature: float = 1.0  # of the latents drawn for samples, times their standard deviation (> 0)
@@ -410,7 +411,7 @@ def train(model, ema, data, cfg, run):
     model.train()
     for step in run.steps():
         x, _ = run.batch(data)
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         with run.autocast():
             nats, log_px, kls = objective(model, to_levels(x, cfg), cfg, cfg.beta * min(1, (step + 1) / (cfg.kl_warmup + 1)))
         norm = run.update(nats / x[0].numel(), model, optimizer)

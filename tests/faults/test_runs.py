@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or fed with nonsense: what is on the disk afterwards, the exit code and the one line said."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -283,6 +284,15 @@ def test_checkpoints_hold_only_tensors_and_plain_types(straight):
     assert devices == {"cpu"}
     assert not any(leaf.requires_grad for _, leaf in tiny.leaves(saved) if torch.is_tensor(leaf))
     assert all(leaf.isfinite().all() for _, leaf in tiny.leaves(saved) if torch.is_tensor(leaf))
+
+
+def test_the_learning_rate_follows_its_flags(go, tmp_path, module):
+    """It rises in --warmup steps, and falls as 1 / sqrt(step) after --decay where the script has that flag."""
+    fields = {f.name for f in dataclasses.fields(module.Config)}
+    assert go(tmp_path / "run", "--lr", 0.01, "--warmup", 1, "--steps", 6, *["--decay", 3] * ("decay" in fields)) == 0
+    found = [line["lr"] for line in metrics(tmp_path / "run")[:-1]]
+    falling = [1, 1, 1, (3 / 4) ** 0.5, (3 / 5) ** 0.5, (3 / 6) ** 0.5] if "decay" in fields else [1] * 6
+    assert found == pytest.approx([0.01 * f * (0.5 if i == 0 else 1) for i, f in enumerate(falling)], rel=1e-5)
 
 
 PICTURES = {"vae": {"reconstructions.png", "interpolations.png"}, "flow": {"interpolations.png"}}  # more than all have

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import autoregressive
 import diffusion
+import flow
 import kernels
 import vae
 
@@ -98,6 +99,28 @@ def test_vae_has_equal_bounds_and_gradients(counted):
         grads = torch.autograd.grad((log_px - kls.sum(0)).mean(), list(model.parameters()), allow_unused=True)
         results[kernels.mode] = [log_px, kls, *(g for g in grads if g is not None)]
     assert set(counted) == {"affine_coupling", "logistic_mixture"}
+    for a, b in zip(results["torch"], results["triton"], strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("fields, ran", [
+    ({"arch": "glow", "dequantize": "variational"}, {"affine_coupling"}),
+    ({"arch": "glow", "coupling": "spline", "bins": 4}, {"affine_coupling", "spline_coupling"}),
+    ({"arch": "tarflow", "n_head": 1, "layers": 1}, {"affine_coupling", "attention"})], ids=str)
+def test_flow_has_equal_densities_and_gradients(fields, ran, counted):
+    cfg = flow.choose(flow.Config(width=16, depth=1, **fields), 4, 4)
+    torch.manual_seed(0)
+    model = flow.Flow(1, 4, 4, 3, cfg).to(DEVICE)
+    for name, p in model.named_parameters():
+        if not name.endswith((".L", ".U")):
+            torch.nn.init.normal_(p, std=0.1)
+    x, y, results = torch.randint(0, 256, (3, 1, 4, 4), device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE), {}
+    for kernels.mode in ("torch", "triton"):
+        torch.manual_seed(1)
+        density = flow.log_likelihood(model, *flow.dequantize(model, x), y)
+        grads = torch.autograd.grad(density.mean(), list(model.parameters()), allow_unused=True)
+        results[kernels.mode] = [density, *(g for g in grads if g is not None)]
+    assert set(counted) == ran
     for a, b in zip(results["torch"], results["triton"], strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
 

@@ -93,7 +93,7 @@ class Config:
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
     # the model
     arch: Literal["transformer", "pixelcnn", "made"] = "transformer"  # what sees the pixels before
-    output: Literal["bernoulli", "softmax", "mixture"] = "bernoulli"  # of binarised, or of 8-bit pixels
+    output: Literal["auto", "bernoulli", "softmax", "mixture"] = "auto"  # of binarised pixels (auto: of mnist) or of 8 bits
     binarize: Literal["dynamic", "static"] = "dynamic"  # draw the binary training images anew each step, or once
     mask_only: bool = False  # pixelcnn: the original of 2016, masked convolutions alone, with its blind spot
     patch: int = 0  # pixels a side that make one position; 0: 2 below 16 pixels, else 4 (>= 0)
@@ -525,7 +525,9 @@ BATCH = 250  # images at once in evaluation and sampling, so that their results 
 
 
 def choose(cfg, H, W):
-    """cfg, with what the size of the images and the architecture decide where nothing was said."""
+    """cfg, with what the data and the architecture decide where nothing was said."""
+    if cfg.output == "auto":
+        cfg.output = "bernoulli" if cfg.dataset == "mnist" else "softmax"
     cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
     cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
     return cfg

@@ -20,6 +20,7 @@ from autoregressive import Autoregressive, Config, draw, fold, log_likelihood, l
 
 ARCHS = {"pixelcnn": {"arch": "pixelcnn"}, "mask only": {"arch": "pixelcnn", "mask_only": True},
          "transformer": {"arch": "transformer"}, "made": {"arch": "made"}}
+SMALL = {"output": "bernoulli", "width": 8, "blocks": 2, "hidden": 24, "n_head": 2, "patch": 1, "mixtures": 2}
 OUTPUTS = ("bernoulli", "softmax", "mixture")
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 every_output = pytest.mark.parametrize("output", OUTPUTS)
@@ -27,7 +28,7 @@ every_output = pytest.mark.parametrize("output", OUTPUTS)
 
 def build(shape, arch="pixelcnn", classes=3, **fields):
     """A small network in float64 whose weights are all random, and its Config."""
-    cfg = Config(**{"width": 8, "blocks": 2, "hidden": 24, "n_head": 2, "patch": 1, "mixtures": 2} | ARCHS[arch] | fields)
+    cfg = Config(**SMALL | ARCHS[arch] | fields)
     C, H, W = shape
     torch.manual_seed(0)
     net = Autoregressive(C * cfg.patch**2, -(-H // cfg.patch), -(-W // cfg.patch), classes, cfg).double().eval()
@@ -245,7 +246,8 @@ def test_low_temperature_gives_the_mode():
 
 # ---- the script
 
-TINY = "--width 8 --blocks 1 --hidden 32 --steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()
+TINY = [*tiny.TINY["autoregressive"].split(),
+        *"--hidden 32 --steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
 
 
 @pytest.fixture()
@@ -336,7 +338,7 @@ def test_dynamic_binarisation_draws_anew_and_static_does_not(digits, tmp_path, m
         autoregressive.main([*TINY, "--out", str(tmp_path / kind), "--binarize", kind])
     assert all(torch.equal(x, seen["static"][0]) for x in seen["static"])
     assert not torch.equal(seen["dynamic"][0], seen["dynamic"][1])
-    mean = torch.stack([autoregressive.to_levels(digits.train, Config()).double() for _ in range(30)]).mean()
+    mean = torch.stack([autoregressive.to_levels(digits.train, Config(output="bernoulli")).double() for _ in range(30)]).mean()
     assert mean.item() == pytest.approx((digits.train / 255).mean().item(), abs=2e-3)
 
 
@@ -349,9 +351,15 @@ def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     assert stop.value.code == 2 and flags.split()[0] in line and line.count("\n") == 1
 
 
+@pytest.mark.parametrize("dataset, output", [("mnist", "bernoulli"), ("digits", "softmax"), ("fashion_mnist", "softmax")])
+def test_what_output_is_chosen(dataset, output):
+    assert autoregressive.choose(Config(dataset=dataset), 8, 8).output == output
+    assert autoregressive.choose(Config(dataset=dataset, output="mixture"), 8, 8).output == "mixture"
+
+
 @pytest.mark.parametrize("flags, bar", [([], 24.5), (["--arch", "pixelcnn"], 26.0), (["--arch", "made"], 25.8)])
 def test_a_short_training_learns_digits(flags, bar, tmp_path):
     """Nats an image over the whole test split, after 200 steps; independent pixels of the right frequencies have 27.4."""
     out = tmp_path / "run"
-    autoregressive.main(["--steps", "200", "--num-samples", "8", "--out", str(out), *flags])
+    autoregressive.main(["--output", "bernoulli", "--steps", "200", "--num-samples", "8", "--out", str(out), *flags])
     assert final(out)["test_nats"] < bar

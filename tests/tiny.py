@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 getsource = functools.cache(inspect.getsource)  # what a command line is built from, read once, not once a run
 TINY = {  # the flags of a model so small that a run of four steps takes a moment; a new script adds its own here
-    "autoregressive": "--width 8 --blocks 1",
+    "autoregressive": "--output bernoulli --width 8 --blocks 1",
     "vae": "--width 8 --blocks 1 --hidden 16 --z-dim 4 --flow-steps 2 --pseudo-inputs 4 --iw-samples 2",
     "flow": "--width 8 --depth 1 --layers 1 --n-head 2",
     "diffusion": "--width 8 --mults 1 2 --blocks 1 --n-head 2 --sampling-steps 2 --elbo-samples 1",

@@ -136,6 +136,167 @@ def zero(module):
     return module
 
 
+class TransformerBlock(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head, self.norm1, self.norm2 = n_head, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, attend):
+        """x (B,T,C); attend(q, k, v) takes and gives (B,n_head,T,head_dim)."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp(self.norm2(x))
+
+
+class TarBlock(nn.Module):
+    """z_t = x_t exp(s_t) + m_t, where s_t and m_t are a causal transformer's of x_1 ... x_t-1. x (B,T,D) -> the same."""
+
+    def __init__(self, T, D, classes, cfg):
+        super().__init__()
+        w = cfg.width
+        self.embed, self.start = nn.Linear(D, w), nn.Embedding(max(classes, 1), w)
+        self.place = nn.Parameter(0.1 * torch.randn(T, w))
+        self.layers = nn.ModuleList(TransformerBlock(w, cfg.n_head) for _ in range(cfg.layers))
+        self.norm, self.out = nn.LayerNorm(w), zero(nn.Linear(w, 2 * D))
+
+    def params(self, x, y):
+        """(B,2*T,D): what becomes s, then m."""
+        h = torch.cat([self.start(y)[:, None], self.embed(x[:, :-1])], 1) + self.place
+        for layer in self.layers:
+            h = layer(h, lambda q, k, v: attention(q, k, v, "causal"))
+        return torch.cat(self.out(self.norm(h)).chunk(2, 2), 1)
+
+    def forward(self, x, y):
+        return affine_coupling(x, self.params(x, y), 0, s_max=4.0)
+
+    def inverse(self, z, y, how):
+        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends."""
+        if how == "jacobi":
+            x = z
+            for passes in count(1):
+                last, x = x, affine_coupling(z, self.params(x, y), 0, reverse=True, s_max=4.0)[0]
+                if passes == z.shape[1] or (x - last).abs().max() < 1e-5:
+                    return x, passes
+        B, T, _ = z.shape
+        n_head, xs, token = self.layers[0].n_head, [], self.start(y)
+        kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
+        for t in range(T):
+            h = (token + self.place[t])[:, None]
+            for layer, (keys, values) in zip(self.layers, kept, strict=True):
+                def attend(q, k, v, keys=keys, values=values, t=t):
+                    keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
+                    return decode_attention(q, keys, values, t + 1)
+                h = layer(h, attend)
+            params = torch.cat(self.out(self.norm(h)).chunk(2, 2), 1)  # (B,2,D)
+            xs.append(affine_coupling(z[:, t:t + 1], params, 0, reverse=True, s_max=4.0)[0])
+            token = self.embed(xs[-1][:, 0])
+        return torch.cat(xs, 1), T
+
+
+class TarFlow(nn.Module):
+    """Blocks over the patches in raster order, and back to front in every second one."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        self.patch, self.size, D = cfg.patch, (H, W), channels * cfg.patch**2
+        T = H * W // cfg.patch**2
+        self.blocks, self.noise_shapes = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.depth)), [(T, D)]
+
+    def forward(self, x, y):
+        z, total = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2), 0
+        for block in self.blocks:
+            z, log_det = block(z, y)
+            z, total = z.flip(1), total + log_det
+        return [z], total
+
+    def inverse(self, eps, y, how):
+        (x,), passes = eps, 0
+        for block in reversed(self.blocks):
+            x, used = block.inverse(x.flip(1), y, how)
+            passes += used
+        H, W = self.size
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (H // self.patch, W // self.patch)), self.patch), passes
+
+
+class Dequantizer(nn.Module):
+    """Draws u ~ q(u | x) in (0,1): noise, four affine couplings over the black and the white squares in turn, a sigmoid."""
+
+    def __init__(self, channels, width=32):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(2 * channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+            zero(nn.Conv2d(width, 2 * channels, 3, padding=1))) for _ in range(4))
+
+    def forward(self, x):
+        """x (B,C,H,W) in [-1,1] -> u of its shape, and log q(u | x), (B,)."""
+        h = torch.randn_like(x)
+        log_q = log_normal([h])
+        black = (torch.arange(x.shape[2], device=x.device)[:, None] + torch.arange(x.shape[3], device=x.device)) % 2
+        for i, net in enumerate(self.nets):
+            mask = black if i % 2 else 1 - black  # where it is 1, h stays
+            h, log_det = affine_coupling(h, net(torch.cat([x, h * mask], 1)), mask)
+            log_q = log_q - log_det
+        return torch.sigmoid(h), log_q - (F.logsigmoid(h) + F.logsigmoid(-h)).sum((1, 2, 3))
+
+
+class Flow(nn.Module):
+    """f, and the noise that is added to 8-bit levels before it."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        classes = classes if cfg.labels else 0
+        self.f = (Glow if cfg.arch == "glow" else TarFlow)(channels, H, W, classes, cfg)
+        self.dequantizer = Dequantizer(channels) if cfg.dequantize == "variational" else None
+
+
+# ---- the maths
+
+
+def log_normal(eps):
+    """log N(eps; 0, 1) of a list of tensors, summed over all but the batch."""
+    return sum(-0.5 * (e**2 + math.log(2 * math.pi)).flatten(1).sum(1) for e in eps)
+
+
+def log_density(model, v, y):
+    """log p(v), exactly, by change of variables. v (B,C,H,W) in [-1,1] -> (B,)."""
+    eps, log_det = model.f(v, y)
+    return log_normal(eps) + log_det
+
+
+def dequantize(model, x, generator=None):
+    """v = 2 (x + u) / 256 - 1 in [-1,1] for levels x (B,C,H,W) in {0..255}, and log q(u | x), (B,), of the noise u in [0,1)."""
+    if model.dequantizer is None:
+        u, log_q = torch.rand(x.shape, generator=generator).to(x.device), 0
+    else:
+        u, log_q = model.dequantizer(x / 127.5 - 1)
+    return (x + u) / 128 - 1, log_q
+
+
+def log_likelihood(model, v, log_q, y):
+    """A bound on log P(x) for 8-bit x, tight where q is the true posterior: log p(x + u) - log q(u | x). (B,)"""
+    return log_density(model, v, y) - v[0].numel() * math.log(128) - log_q
+
+
+@torch.no_grad()
+def sample(model, eps, y, cfg):
+    """Noise (a list of tensors), standard normal, to images (B,C,H,W), about [-1,1]; passes of the network used."""
+    return model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
+
+
+def denoise(model, v, y, deviation):
+    """E[clean | v] of data to which noise was added, by the score of the density: v + deviation^2 d log p / dv (Tweedie)."""
+    with torch.enable_grad():
+        v = v.detach().requires_grad_()
+        (score,) = torch.autograd.grad(log_density(model, v, y).sum(), v)
+    return v.detach() + deviation**2 * score
+
+
+# ---- the classical flow: couplings at several scales
+
+
 class Step(nn.Module):
     """A step of Glow: actnorm and invertible 1x1 convolution, as one convolution, then a coupling. (B,C,H,W) -> the same."""
 
@@ -283,162 +444,6 @@ class Glow(nn.Module):
             column, row = (scale[name].inverse(eps.pop(), None, y) for name in ("column", "row"))
             x = torch.cat([torch.cat([F.pixel_shuffle(x, 2), column], 3), row], 2)
         return x, 1
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, width, n_head):
-        super().__init__()
-        self.n_head, self.norm1, self.norm2 = n_head, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x, attend):
-        """x (B,T,C); attend(q, k, v) takes and gives (B,n_head,T,head_dim)."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
-        return x + self.mlp(self.norm2(x))
-
-
-class TarBlock(nn.Module):
-    """z_t = x_t exp(s_t) + m_t, where s_t and m_t are a causal transformer's of x_1 ... x_t-1. x (B,T,D) -> the same."""
-
-    def __init__(self, T, D, classes, cfg):
-        super().__init__()
-        w = cfg.width
-        self.embed, self.start = nn.Linear(D, w), nn.Embedding(max(classes, 1), w)
-        self.place = nn.Parameter(0.1 * torch.randn(T, w))
-        self.layers = nn.ModuleList(TransformerBlock(w, cfg.n_head) for _ in range(cfg.layers))
-        self.norm, self.out = nn.LayerNorm(w), zero(nn.Linear(w, 2 * D))
-
-    def params(self, x, y):
-        """(B,2*T,D): what becomes s, then m."""
-        h = torch.cat([self.start(y)[:, None], self.embed(x[:, :-1])], 1) + self.place
-        for layer in self.layers:
-            h = layer(h, lambda q, k, v: attention(q, k, v, "causal"))
-        return torch.cat(self.out(self.norm(h)).chunk(2, 2), 1)
-
-    def forward(self, x, y):
-        return affine_coupling(x, self.params(x, y), 0, s_max=4.0)
-
-    def inverse(self, z, y, how):
-        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends."""
-        if how == "jacobi":
-            x = z
-            for passes in count(1):
-                last, x = x, affine_coupling(z, self.params(x, y), 0, reverse=True, s_max=4.0)[0]
-                if passes == z.shape[1] or (x - last).abs().max() < 1e-5:
-                    return x, passes
-        B, T, _ = z.shape
-        n_head, xs, token = self.layers[0].n_head, [], self.start(y)
-        kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
-        for t in range(T):
-            h = (token + self.place[t])[:, None]
-            for layer, (keys, values) in zip(self.layers, kept, strict=True):
-                def attend(q, k, v, keys=keys, values=values, t=t):
-                    keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
-                    return decode_attention(q, keys, values, t + 1)
-                h = layer(h, attend)
-            params = torch.cat(self.out(self.norm(h)).chunk(2, 2), 1)  # (B,2,D)
-            xs.append(affine_coupling(z[:, t:t + 1], params, 0, reverse=True, s_max=4.0)[0])
-            token = self.embed(xs[-1][:, 0])
-        return torch.cat(xs, 1), T
-
-
-class TarFlow(nn.Module):
-    """Blocks over the patches in raster order, and back to front in every second one."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        self.patch, self.size, D = cfg.patch, (H, W), channels * cfg.patch**2
-        T = H * W // cfg.patch**2
-        self.blocks, self.noise_shapes = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.depth)), [(T, D)]
-
-    def forward(self, x, y):
-        z, total = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2), 0
-        for block in self.blocks:
-            z, log_det = block(z, y)
-            z, total = z.flip(1), total + log_det
-        return [z], total
-
-    def inverse(self, eps, y, how):
-        (x,), passes = eps, 0
-        for block in reversed(self.blocks):
-            x, used = block.inverse(x.flip(1), y, how)
-            passes += used
-        H, W = self.size
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (H // self.patch, W // self.patch)), self.patch), passes
-
-
-class Dequantizer(nn.Module):
-    """Draws u ~ q(u | x) in (0,1): noise, four affine couplings over the black and the white squares in turn, a sigmoid."""
-
-    def __init__(self, channels, width=32):
-        super().__init__()
-        self.nets = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(2 * channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
-            zero(nn.Conv2d(width, 2 * channels, 3, padding=1))) for _ in range(4))
-
-    def forward(self, x):
-        """x (B,C,H,W) in [-1,1] -> u of its shape, and log q(u | x), (B,)."""
-        h = torch.randn_like(x)
-        log_q = log_normal([h])
-        black = (torch.arange(x.shape[2], device=x.device)[:, None] + torch.arange(x.shape[3], device=x.device)) % 2
-        for i, net in enumerate(self.nets):
-            mask = black if i % 2 else 1 - black  # where it is 1, h stays
-            h, log_det = affine_coupling(h, net(torch.cat([x, h * mask], 1)), mask)
-            log_q = log_q - log_det
-        return torch.sigmoid(h), log_q - (F.logsigmoid(h) + F.logsigmoid(-h)).sum((1, 2, 3))
-
-
-class Flow(nn.Module):
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        classes = classes if cfg.labels else 0
-        self.f = (Glow if cfg.arch == "glow" else TarFlow)(channels, H, W, classes, cfg)
-        self.dequantizer = Dequantizer(channels) if cfg.dequantize == "variational" else None
-
-
-# ---- the maths
-
-
-def log_normal(eps):
-    """log N(eps; 0, 1) of a list of tensors, summed over all but the batch."""
-    return sum(-0.5 * (e**2 + math.log(2 * math.pi)).flatten(1).sum(1) for e in eps)
-
-
-def log_density(model, v, y):
-    """log p(v), exactly, by change of variables. v (B,C,H,W) in [-1,1] -> (B,)."""
-    eps, log_det = model.f(v, y)
-    return log_normal(eps) + log_det
-
-
-def dequantize(model, x, generator=None):
-    """v = 2 (x + u) / 256 - 1 in [-1,1] for levels x (B,C,H,W) in {0..255}, and log q(u | x), (B,), of the noise u in [0,1)."""
-    if model.dequantizer is None:
-        u, log_q = torch.rand(x.shape, generator=generator).to(x.device), 0
-    else:
-        u, log_q = model.dequantizer(x / 127.5 - 1)
-    return (x + u) / 128 - 1, log_q
-
-
-def log_likelihood(model, v, log_q, y):
-    """A bound on log P(x) for 8-bit x, tight where q is the true posterior: log p(x + u) - log q(u | x). (B,)"""
-    return log_density(model, v, y) - v[0].numel() * math.log(128) - log_q
-
-
-@torch.no_grad()
-def sample(model, eps, y, cfg):
-    """Noise (a list of tensors), standard normal, to images (B,C,H,W), about [-1,1]; passes of the network used."""
-    return model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
-
-
-def denoise(model, v, y, deviation):
-    """E[clean | v] of data to which noise was added, by the score of the density: v + deviation^2 d log p / dv (Tweedie)."""
-    with torch.enable_grad():
-        v = v.detach().requires_grad_()
-        (score,) = torch.autograd.grad(log_density(model, v, y).sum(), v)
-    return v.detach() + deviation**2 * score
 
 
 @torch.no_grad()

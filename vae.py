@@ -155,43 +155,6 @@ def bounded(logvar):
     return 6 * torch.tanh(logvar / 6)
 
 
-class Coupling(nn.Module):
-    """One step of the flow prior: z (B,D) -> (B,D) and log |det|, (B,)."""
-
-    def __init__(self, D, hidden):
-        super().__init__()
-        self.split = D // 2
-        self.net = nn.Sequential(nn.Linear(self.split, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                 zero(nn.Linear(hidden, 2 * (D - self.split))))
-
-    def forward(self, z):
-        z = z.flip(1)
-        return affine_coupling(z, self.net(z[:, :self.split]), self.split)
-
-    def inverse(self, u):
-        return affine_coupling(u, self.net(u[:, :self.split]), self.split, reverse=True)[0].flip(1)
-
-
-class IAFStep(nn.Module):
-    """z' = sigma z + (1 - sigma) m, where m_i and sigma_i see z_1 ... z_i-1 and what the encoder has to say."""
-
-    def __init__(self, D, hidden, context):
-        super().__init__()
-        self.first, self.context = nn.Linear(D, hidden), nn.Linear(context, hidden, bias=False)
-        self.out = nn.Linear(hidden, 2 * D)
-        place, degree = torch.arange(D), torch.arange(hidden) % max(D - 1, 1)  # a unit of degree m sees z_1 ... z_m
-        self.register_buffer("mask_in", (degree[:, None] >= place).float(), persistent=False)
-        self.register_buffer("mask_out", (place[:, None] > degree).float().repeat(2, 1), persistent=False)
-
-    def forward(self, z, context):
-        """z (B,D) -> (B,D) and log |det|, (B,)."""
-        z = z.flip(1)
-        h = F.elu(F.linear(z, self.first.weight * self.mask_in, self.first.bias) + self.context(context))
-        m, s = F.linear(h, self.out.weight * self.mask_out, self.out.bias).chunk(2, 1)
-        log_sigma = F.logsigmoid(s + 2)
-        return m + torch.exp(log_sigma) * (z - m), log_sigma.sum(1)
-
-
 class VAE(nn.Module):
     """The networks of the chain x, z_1 ... z_L: x (B,C,H,W) levels, z_L (B,z_dim), the others (B,z_channels,H',W')."""
 
@@ -365,6 +328,46 @@ def mean(params, likelihood):
         return torch.sigmoid(params[:, :, 0])
     logits, means, _ = params.unflatten(2, (3, -1)).unbind(2)
     return ((torch.softmax(logits, 2) * means.clamp(-1, 1)).sum(2) + 1) / 2
+
+
+# ---- two remedies: a flow for the prior, an autoregressive flow for the posterior
+
+
+class Coupling(nn.Module):
+    """One step of the flow prior: z (B,D) -> (B,D) and log |det|, (B,)."""
+
+    def __init__(self, D, hidden):
+        super().__init__()
+        self.split = D // 2
+        self.net = nn.Sequential(nn.Linear(self.split, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                 zero(nn.Linear(hidden, 2 * (D - self.split))))
+
+    def forward(self, z):
+        z = z.flip(1)
+        return affine_coupling(z, self.net(z[:, :self.split]), self.split)
+
+    def inverse(self, u):
+        return affine_coupling(u, self.net(u[:, :self.split]), self.split, reverse=True)[0].flip(1)
+
+
+class IAFStep(nn.Module):
+    """z' = sigma z + (1 - sigma) m, where m_i and sigma_i see z_1 ... z_i-1 and what the encoder has to say."""
+
+    def __init__(self, D, hidden, context):
+        super().__init__()
+        self.first, self.context = nn.Linear(D, hidden), nn.Linear(context, hidden, bias=False)
+        self.out = nn.Linear(hidden, 2 * D)
+        place, degree = torch.arange(D), torch.arange(hidden) % max(D - 1, 1)  # a unit of degree m sees z_1 ... z_m
+        self.register_buffer("mask_in", (degree[:, None] >= place).float(), persistent=False)
+        self.register_buffer("mask_out", (place[:, None] > degree).float().repeat(2, 1), persistent=False)
+
+    def forward(self, z, context):
+        """z (B,D) -> (B,D) and log |det|, (B,)."""
+        z = z.flip(1)
+        h = F.elu(F.linear(z, self.first.weight * self.mask_in, self.first.bias) + self.context(context))
+        m, s = F.linear(h, self.out.weight * self.mask_out, self.out.bias).chunk(2, 1)
+        log_sigma = F.logsigmoid(s + 2)
+        return m + torch.exp(log_sigma) * (z - m), log_sigma.sum(1)
 
 
 # ---- the loops

@@ -295,7 +295,8 @@ def test_the_learning_rate_follows_its_flags(go, tmp_path, module):
     assert found == pytest.approx([0.01 * f * (0.5 if i == 0 else 1) for i, f in enumerate(falling)], rel=1e-5)
 
 
-PICTURES = {"vae": {"reconstructions.png", "interpolations.png"}, "flow": {"interpolations.png"}}  # more than all have
+PICTURES = {"vae": {"reconstructions.png", "interpolations.png"}, "flow": {"interpolations.png"},  # more than all have
+            "gan": {"interpolations.png"}}
 
 
 def test_what_a_run_leaves(straight, module):

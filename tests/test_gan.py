@@ -1,0 +1,344 @@
+"""The mathematics of gan.py: penalties in closed form, whose gradients go where, and which losses converge on small games."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import gan
+import tiny
+from gan import LOSSES, Config, Discriminator, Generator, diversity, gradient_penalty, loss_d, loss_g, sample, wgan_penalty
+
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def build(shape=(1, 8, 8), classes=3, **fields):
+    """Small networks in float64 and their Config."""
+    C, H, W = shape
+    cfg = gan.choose(Config(**{"width": 8, "z_dim": 5} | fields), H, W)
+    torch.manual_seed(0)
+    G, D = Generator(C, H, W, classes, cfg).double(), Discriminator(C, H, W, classes, cfg).double()
+    return G, D, cfg
+
+
+def batch(n=6, shape=(1, 8, 8), z_dim=5):
+    return torch.rand(n, *shape, dtype=torch.float64) * 2 - 1, torch.arange(n) % 3, torch.randn(n, z_dim, dtype=torch.float64)
+
+
+class LinearCritic(nn.Module):
+    """w . x + b: its gradient is w everywhere."""
+
+    def __init__(self, shape=(1, 8, 8)):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x, y):
+        return (self.w * x).sum((1, 2, 3)) + 3
+
+
+# ---- losses and penalties
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)])
+def test_penalties_of_a_linear_critic(shape):
+    """Over all of C, H and W of each image: the squared norm of w, and (|w| - 1)^2, whatever the images."""
+    torch.manual_seed(0)
+    D, (real, y, _), fake = LinearCritic(shape), batch(6, shape), torch.randn(6, *shape, dtype=torch.float64)
+    real.requires_grad_()
+    norm = D.w.norm()
+    assert_close(gradient_penalty(D(real, y), real), norm.square().expand(6))
+    assert_close(wgan_penalty(D, real.detach(), fake, y), ((norm - 1) ** 2).expand(6))
+    (grad,) = torch.autograd.grad(gradient_penalty(D(real, y), real).mean(), D.w)
+    assert_close(grad, 2 * D.w.detach())
+
+
+def test_penalties_are_finite_where_the_gradient_is_nought():
+    D, (real, y, _) = LinearCritic(), batch()
+    nn.init.zeros_(D.w)
+    for value in (gradient_penalty(D(x := real.clone().requires_grad_(), y), x).mean(), wgan_penalty(D, real, -real, y).mean()):
+        (grad,) = torch.autograd.grad(value, D.w)
+        assert grad.isfinite().all()
+
+
+def test_a_penalty_is_that_of_each_image():
+    """Against a loop, one image at a time, on a network."""
+    _, D, cfg = build()
+    real, y, _ = batch()
+    real.requires_grad_()
+    want = []
+    for i in range(6):
+        x = real[i:i + 1].detach().requires_grad_()
+        (grad,) = torch.autograd.grad(D(x, y[i:i + 1])[0], x)
+        want.append(grad.norm() ** 2)
+    assert_close(gradient_penalty(D(real, y), real), torch.stack(want))
+
+
+def test_interpolation_is_one_place_for_each_image(monkeypatch):
+    seen = []
+
+    class Record(LinearCritic):
+        def forward(self, x, y):
+            seen.append(x.detach())
+            return super().forward(x, y)
+
+    real, fake = torch.zeros(5, 3, 4, 4, dtype=torch.float64), torch.ones(5, 3, 4, 4, dtype=torch.float64)
+    wgan_penalty(Record((3, 4, 4)), real, fake, None)
+    place = seen[0].flatten(1)
+    assert (place == place[:, :1]).all() and len(place[:, 0].unique()) == 5 and (0 <= place).all() and (place <= 1).all()
+
+
+def test_losses_in_closed_form():
+    real, fake = torch.randn(2, 7, dtype=torch.float64)
+    p, q = torch.sigmoid(real), torch.sigmoid(fake)
+    assert_close(LOSSES["minimax"][0](real, fake), -torch.log(p) - torch.log(1 - q))  # GAN eq. 1
+    assert_close(LOSSES["minimax"][1](real, fake), torch.log(1 - q))
+    assert_close(LOSSES["nonsaturating"][1](real, fake), -torch.log(q))
+    assert_close(LOSSES["relativistic"][0](real, fake), -torch.log(torch.sigmoid(real - fake)))  # R3GAN eq. 2
+    assert_close(LOSSES["relativistic"][1](real, fake), -torch.log(torch.sigmoid(fake - real)))
+    assert_close(LOSSES["hinge"][0](real, fake), (1 - real).clamp(min=0) + (1 + fake).clamp(min=0))
+    assert_close(LOSSES["wgan-gp"][0](real, fake), fake - real)
+
+
+@every_loss
+def test_each_step_leaves_the_other_network_alone(loss):
+    G, D, cfg = build(loss=loss, r1=0.3, r2=0.2)
+    real, y, z = batch()
+    total, terms = loss_d(G, D, real, y, z, 10, cfg)
+    total.mean().backward()
+    assert all(p.grad is None for p in G.parameters())
+    assert sum(p.grad.abs().sum() for p in D.parameters() if p.grad is not None) > 0
+    assert {"d_real", "d_fake", "gap", "r1", "r2"} | ({"gp"} if loss == "wgan-gp" else set()) == terms.keys()
+    D.zero_grad(set_to_none=True)
+    D.requires_grad_(False)
+    loss_g(G, D, real, y, z, cfg).mean().backward()
+    assert all(p.grad is None for p in D.parameters())
+    assert sum(p.grad.abs().sum() for p in G.parameters() if p.grad is not None) > 0
+
+
+def test_the_total_is_its_terms():
+    G, D, cfg = build(r1=0.3, r2=0.2, anneal=5)
+    real, y, z = batch()
+    total, t = loss_d(G, D, real, y, z, 10, cfg)
+    weight = 1 + 9 * math.exp(-10 / 5)
+    assert_close(total, F.softplus(-t["gap"]) + 0.5 * weight * (0.3 * t["r1"] + 0.2 * t["r2"]))
+    fake = G(z, y).detach()
+    assert_close(t["d_real"], D(real, y))
+    assert_close(t["d_fake"], D(fake, y))
+    plain, t = loss_d(G, D, real, y, z, 10, gan.choose(Config(loss="hinge"), 8, 8))
+    assert "r1" not in t and "r2" not in t
+    assert_close(plain, (1 - t["d_real"]).relu() + (1 + t["d_fake"]).relu())
+
+
+# ---- small games whose outcome is known
+
+
+def play(loss, r1, r2, steps=4000, lr=0.02):
+    """Dirac-GAN (Mescheder 2018, sec. 2): data at 0, G puts theta, D(x) = psi x. -> the distances from the equilibrium."""
+    class Dirac(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    class G_(Dirac):
+        def forward(self, z, y):
+            return self.value.expand(len(z), 1, 1, 1)
+
+    class D_(Dirac):
+        def forward(self, x, y):
+            return self.value * x[:, 0, 0, 0]
+
+    G, D, cfg = G_(1.0), D_(0.5), gan.choose(Config(loss=loss, r1=r1, r2=r2, anneal=1), 8, 8)
+    real, z, path = torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, 1), []
+    for _ in range(steps):
+        (d,) = torch.autograd.grad(loss_d(G, D, real, None, z, 1000, cfg)[0].mean(), D.value)
+        (g,) = torch.autograd.grad(loss_g(G, D, real, None, z, cfg).mean(), G.value)
+        with torch.no_grad():
+            D.value -= lr * d
+            G.value -= lr * g
+        path.append(math.hypot(G.value.item(), D.value.item()))
+    return path
+
+
+def test_dirac_gan():
+    """The default converges. Without a penalty every loss circles the equilibrium or leaves it, and so does WGAN-GP."""
+    path = play("relativistic", 0.5, 0.5)
+    assert path[-1] < 1e-3 < path[0]
+    for loss in ("relativistic", "nonsaturating", "minimax", "hinge", "wgan-gp"):
+        assert min(play(loss, 0.0, 0.0)[-1000:]) > 0.1, loss
+
+
+def test_a_ring_of_gaussians():
+    """Eight modes in the plane: the default covers them all with samples that lie on them."""
+    torch.manual_seed(0)
+    angle = torch.arange(8) * math.pi / 4
+    centres = torch.stack([angle.cos(), angle.sin()], 1)
+
+    class Net(nn.Module):
+        def __init__(self, n_in, n_out):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(n_in, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2),
+                                        nn.Linear(64, n_out))
+
+        def forward(self, x, y):
+            out = self.layers(x.flatten(1))
+            return out[:, 0] if out.shape[1] == 1 else out[:, :, None, None]
+
+    G, D, cfg = Net(8, 2), Net(2, 1), gan.choose(Config(r1=0.1, r2=0.1, anneal=300), 8, 8)
+    optimizers = [torch.optim.Adam(net.parameters(), 1e-3, (0.0, 0.99)) for net in (D, G)]
+    for step in range(2500):
+        real = (centres[torch.randint(8, (128,))] + 0.05 * torch.randn(128, 2))[:, :, None, None]
+        loss = loss_d(G, D, real, None, torch.randn(128, 8), step, cfg)[0].mean()
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+        loss = loss_g(G, D, real, None, torch.randn(128, 8), cfg).mean()
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+    with torch.no_grad():
+        x = G(torch.randn(4000, 8), None).flatten(1)
+    distance, mode = torch.cdist(x, centres).min(1)
+    share = torch.bincount(mode[distance < 0.25], minlength=8) / 4000
+    assert (share > 0.04).all() and share.sum() > 0.7
+
+
+def test_diversity():
+    x = torch.randn(50, 3, 4, 4)
+    assert diversity(x[:1].expand(50, -1, -1, -1)) == 0
+    assert diversity(x) == pytest.approx(diversity(7 * x), rel=1e-5)
+    assert diversity(x) == pytest.approx(2**0.5, rel=0.05)  # two random directions
+    pairs = [(a - b).norm().item() for i, a in enumerate(x) for b in x[:i]]
+    assert diversity(x) == pytest.approx(np.mean(pairs) / x.flatten(1).norm(dim=1).mean().item(), rel=1e-5)
+
+
+# ---- networks
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (1, 28, 28), (3, 33, 49)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_any_size(shape, normed):
+    G, D, cfg = build(shape, spectral_norm=normed)
+    z, y = torch.randn(2, 5, dtype=torch.float64), torch.tensor([0, 2])
+    x = G(z, y)
+    assert x.shape == (2, *shape) and D(x, y).shape == (2,)
+    total, _ = loss_d(G, D, x.detach(), y, z, 0, cfg)
+    total.mean().backward()
+    assert all(p.grad.isfinite().all() for p in D.parameters() if p.grad is not None)
+
+
+def test_labels_reach_both_networks():
+    G, D, _ = build()
+    _, _, z = batch(1)
+    x = G(z.expand(3, -1), torch.arange(3))
+    assert not torch.equal(x[0], x[1])
+    scores = D(x[:1].expand(3, -1, -1, -1), torch.arange(3))
+    assert len(scores.unique()) == 3
+
+
+def test_samples_lie_in_range():
+    G, _, _ = build()
+    _, y, z = batch()
+    x = sample(G, 100 * z, y)
+    assert x.min() >= -1 and x.max() <= 1 and not x.requires_grad
+    assert torch.equal(sample(G, z, y, 0.5), sample(G, 0.5 * z, y))
+
+
+def test_stacked_digits():
+    data = gan.Data(torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2), torch.arange(10),
+                    torch.arange(40, 60, dtype=torch.uint8).view(5, 1, 2, 2), torch.arange(5), 10)
+    stacked = gan.stack(data)
+    assert stacked.train.shape == (10, 3, 2, 2) and stacked.test.shape == (5, 3, 2, 2) and stacked.classes == 0
+    known = {image.numpy().tobytes() for image in data.train[:, 0]}
+    assert all(channel.numpy().tobytes() in known for image in stacked.train for channel in image)
+    assert torch.equal(gan.stack(data).train, stacked.train)
+
+
+# ---- the script
+
+TINY = [*tiny.TINY["gan"].split(), *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
+
+
+@pytest.fixture()
+def digits(monkeypatch):
+    return tiny.small_digits(gan, monkeypatch)
+
+
+def final(out):
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", [
+    "--loss nonsaturating --r1 1", "--loss hinge --spectral-norm", "--loss wgan-gp", "--loss minimax --no-labels",
+    "--amp bf16 --patch 2", "--truncation 0.5 --label 2", "--dataset stacked_mnist", "--blocks 2 --halvings 2"])
+def test_every_option_runs(digits, tmp_path, flags):
+    out = tmp_path / "run"
+    gan.main([*TINY, "--out", str(out), *flags.split()])
+    assert {"samples.png", "curves.png", "checkpoint.pt", "interpolations.png"} <= {p.name for p in out.iterdir()}
+    found = np.load(out / "samples.npz")["images"]
+    assert found.shape == (4, 8, 8, 3 if "stacked" in flags else 1) and found.dtype == np.uint8
+    assert all(math.isfinite(final(out)[f"test_{name}"]) for name in ("diversity", "feature_diversity", "d_train", "d_fake"))
+
+
+def test_the_averaged_generator_is_never_trained(digits, tmp_path):
+    """Its weights are the average of the generator's, computed here from those of every step."""
+    seen, update = [], gan.update_ema
+    try:
+        def watch(ema, model, step, share):
+            seen.append([p.detach().clone() for p in model.parameters()])
+            update(ema, model, step, share)
+        gan.update_ema = watch
+        gan.main([*TINY, "--out", str(tmp_path / "run")])
+    finally:
+        gan.update_ema = update
+    saved, share = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True), Config().ema
+    average = None
+    for step, weights in enumerate(seen):
+        decay = (1 - 1 / (step + 1)) ** (1 / share)
+        average = weights if step == 0 else [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    names = dict(Generator(1, 8, 8, 10, gan.choose(Config(**saved["config"]), 8, 8)).named_parameters())
+    for name, want in zip(names, average, strict=True):
+        assert_close(saved["ema"][name], want)
+
+
+def test_collapse_is_told_with_its_step(digits, tmp_path, capsys, monkeypatch):
+    calls = iter([torch.rand(64, 1, 8, 8) * 2 - 1])
+    monkeypatch.setattr(gan, "sample", lambda G, z, y, truncation=1.0: next(calls, torch.zeros(len(z), 1, 8, 8)))
+    gan.main([*TINY, "--out", str(tmp_path / "run"), "--log-every", "2"])
+    said = capsys.readouterr()
+    assert "step 2: the samples' diversity fell to 0 %" in said.err and said.err.count("warning") == 1
+    assert final(tmp_path / "run")["test_diversity"] < 1e-3 and "WARNING: the generator has dropped modes" in said.out
+
+
+def test_a_lone_copy_computes_the_same(monkeypatch):
+    """Without the folder kernels/, the lines under `except ImportError` take the operation's place, twice differentiable."""
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    for name in [n for n in sys.modules if n.startswith("kernels.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("lone", gan.__file__)
+    monkeypatch.setitem(sys.modules, "lone", lone := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(lone)
+    assert lone.bias_act.__module__ == "lone"
+    G, D, cfg = build()
+    g, d = lone.Generator(1, 8, 8, 3, cfg).double(), lone.Discriminator(1, 8, 8, 3, cfg).double()
+    g.load_state_dict(G.state_dict())
+    d.load_state_dict(D.state_dict())
+    real, y, z = batch()
+    a, b = loss_d(G, D, real, y, z, 0, cfg)[0].mean(), lone.loss_d(g, d, real, y, z, 0, cfg)[0].mean()
+    assert_close(a, b)
+    for p, q in zip(torch.autograd.grad(a, list(D.parameters())), torch.autograd.grad(b, list(d.parameters())), strict=True):
+        assert_close(p, q)
+
+
+@pytest.mark.parametrize("flags", ["--halvings 5", "--label 10", "--truncation 0", "--r1 -1"])
+def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gan.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and flags.split()[0] in line and line.count("\n") == 1

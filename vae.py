@@ -231,11 +231,10 @@ def components(model):
 
 def log_prior(model, z):
     """log p(z_L). z (B,z_dim) -> (B,)."""
-    if model.pseudo is not None:  # a mixture of K Gaussians; the squares multiplied out, so as not to hold (B,K,z_dim)
+    if model.pseudo is not None:  # a mixture of K Gaussians
         mu, logvar = components(model)
-        inv = torch.exp(-logvar)
-        squares = z**2 @ inv.T - 2 * z @ (mu * inv).T + (mu**2 * inv + logvar + math.log(2 * math.pi)).sum(1)
-        return torch.logsumexp(-0.5 * squares, 1) - math.log(len(mu))
+        log_p = -0.5 * (math.log(2 * math.pi) + logvar + (z[:, None] - mu) ** 2 * torch.exp(-logvar)).sum(2)  # (B,K)
+        return torch.logsumexp(log_p, 1) - math.log(len(mu))
     total = 0
     for step in model.flow:  # change of variables: u = f(z), p(z) = N(u) |du/dz|
         z, log_det = step(z)

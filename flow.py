@@ -90,7 +90,7 @@ class Config:
     steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 32  # images a step, over all processes (> 0)
-    lr: float = 1e-3  # learning rate of Adam (> 0)
+    lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision

@@ -354,3 +354,12 @@ def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys, monkeypatch):
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1
     assert flags.split()[0] in line or "compare" in flags
+
+
+@pytest.mark.parametrize("flags, bar", [
+    ([], 7.2), (["--arch", "glow"], 6.9), (["--arch", "glow", "--coupling", "spline"], 6.5)], ids=str)
+def test_a_short_training_learns_digits(flags, bar, tmp_path):
+    """Bits/dim over the whole test split after 120 steps; noise has 8, an untrained flow 8.4."""
+    out = tmp_path / "run"
+    flow.main(["--steps", "120", "--num-samples", "8", "--out", str(out), *flags])
+    assert final(out)["test_bpd"] < bar

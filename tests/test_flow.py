@@ -363,3 +363,24 @@ def test_a_short_training_learns_digits(flags, bar, tmp_path):
     out = tmp_path / "run"
     flow.main(["--steps", "120", "--num-samples", "8", "--out", str(out), *flags])
     assert final(out)["test_bpd"] < bar
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_against_depth(recompute):
+    """Bytes kept for the backward pass: in proportion to the depth, or, recomputed from the output, almost none more."""
+    def kept(depth):
+        model, cfg = build("affine", (1, 8, 8), depth=depth, recompute=recompute, width=16)
+        x, y, sizes = *batch(4, (1, 8, 8)), {}
+
+        def pack(tensor):
+            if not isinstance(tensor, nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            density = log_density(model, x, y)
+        density.mean().backward()
+        return sum(sizes.values())
+
+    two, eight = kept(2), kept(8)
+    assert eight < 1.1 * two if recompute else eight > 3 * two

@@ -1,0 +1,45 @@
+"""Milliseconds of flow.py's training step and samplers: pytest tests/benchmarks --benchmark-only.
+
+Fixed-point inversion takes as many passes as the weights ask for, so it is timed on trained ones:
+python flow.py --mode sample --inverse jacobi tells its passes and seconds.
+"""
+
+import pytest
+import torch
+
+import flow
+from flow import Config, Flow, choose
+
+KINDS = {"additive": {"arch": "glow", "coupling": "additive"}, "affine": {"arch": "glow"},
+         "spline": {"arch": "glow", "coupling": "spline"}, "affine, recompute": {"arch": "glow", "recompute": True},
+         "tarflow": {"arch": "tarflow"}}
+
+
+def build(kind, n):
+    cfg = choose(Config(**KINDS[kind]), 28, 28)
+    torch.manual_seed(0)
+    model = Flow(1, 28, 28, 10, cfg).to(memory_format=torch.channels_last)
+    return model, cfg, torch.arange(n) % 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_step(benchmark, kind):
+    model, cfg, y = build(kind, 32)
+    optimizer = torch.optim.Adam(model.parameters(), cfg.lr, fused=True)
+    x = torch.randint(0, 256, (32, 1, 28, 28))
+
+    def step():
+        optimizer.zero_grad()
+        (-flow.log_likelihood(model, *flow.dequantize(model, x), y).mean() / 784).backward()
+        optimizer.step()
+        return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+
+    assert benchmark(step).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "spline", "tarflow"])
+def test_sampling(benchmark, kind):
+    model, cfg, y = build(kind, 16)
+    eps = [torch.randn(16, *s) for s in model.f.noise_shapes]
+    x, _ = benchmark(flow.sample, model.eval(), eps, y, cfg)
+    assert x.shape == (16, 1, 28, 28) and x.isfinite().all()

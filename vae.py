@@ -452,7 +452,7 @@ def evaluate(ema, data, cfg, run):
             shift.append(d.shift.flatten(1).cpu())
     metrics = {f"test_{name}": total / len(test) for name, total in sums.items()}
     for i, shift in enumerate(shifts):  # IWAE sec. 5.2: a unit is active if its mean moves with x
-        metrics[f"test_active_{cfg.levels - i}"] = (torch.cat(shift).var(0) > 0.01).float().mean().item()
+        metrics[f"test_active_{cfg.levels - i}"] = (torch.cat(shift).var(0, correction=0) > 0.01).float().mean().item()
     return metrics
 
 

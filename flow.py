@@ -379,15 +379,12 @@ class Gaussian(nn.Module):
         self.conv = zero(nn.Conv2d(seen, 2 * channels, 3, padding=1)) if seen else None
         self.label = zero(nn.Embedding(max(classes, 1), 2 * channels))
 
-    def params(self, seen, y):
-        raw = self.label(y)[:, :, None, None]
-        return raw if self.conv is None else raw + self.conv(seen)
-
-    def forward(self, z, seen, y):
-        return affine_coupling(z, self.params(seen, y).expand(-1, -1, *z.shape[2:]), 0, s_max=6.0)
+    def forward(self, z, seen, y, reverse=False):
+        params = self.label(y)[:, :, None, None].expand(-1, -1, *z.shape[2:])
+        return affine_coupling(z, params if seen is None else params + self.conv(seen), 0, reverse, s_max=6.0)
 
     def inverse(self, eps, seen, y):
-        return affine_coupling(eps, self.params(seen, y).expand(-1, -1, *eps.shape[2:]), 0, reverse=True, s_max=6.0)[0]
+        return self(eps, seen, y, True)[0]
 
 
 class Glow(nn.Module):
@@ -451,7 +448,7 @@ def initialise(model, v, y):
     """Actnorm from data (Glow sec. 3.1): each channel after it has mean 0 and variance 1 on v, once, before training."""
     def hook(step, args):
         x = args[0]
-        step.log_scale.copy_(-torch.log(x.std((0, 2, 3)) + 1e-6))
+        step.log_scale.copy_(-torch.log(x.std((0, 2, 3), correction=0).clamp(min=1e-3)))
         step.shift.copy_(-x.mean((0, 2, 3)))
 
     hooks = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, Step)]
@@ -476,11 +473,11 @@ def choose(cfg, H, W):
     cfg.patch = cfg.patch or max(p for p in range(1, most + 1) if H % p == W % p == 0)
     halves = next(n for n in range(4) if n == 3 or H % 2 ** (n + 1) or W % 2 ** (n + 1))
     cfg.scales = cfg.scales or max(halves, int(min(H, W) > 1))
-    if H % cfg.patch or W % cfg.patch:
+    if not glow and (H % cfg.patch or W % cfg.patch):
         raise ValueError(f"--patch {cfg.patch}: does not divide {H} x {W} pixels")
     if glow and min(H, W) < 2**cfg.scales:
         raise ValueError(f"--scales {cfg.scales}: {H} x {W} pixels cannot be halved so often")
-    if cfg.width % cfg.n_head:
+    if not glow and cfg.width % cfg.n_head:
         raise ValueError(f"--n-head {cfg.n_head}: does not divide --width {cfg.width}")
     return cfg
 
@@ -537,14 +534,11 @@ def bits_per_dim(model, images, classes, cfg, run):
     return torch.cat(bits)
 
 
-def evaluate(ema, data, cfg, run):
-    """Bits per dimension of the whole test split; of another data set too, and likelihoods.png, where --compare names one."""
+def evaluate(ema, data, other, cfg, run):
+    """Bits per dimension of the whole test split; of other images too, and likelihoods.png, where --compare names a set."""
     bits = {cfg.dataset: bits_per_dim(ema, data.test, data.classes, cfg, run)}
     metrics = {"test_bpd": bits[cfg.dataset].mean().item()}
-    if cfg.compare:
-        other = load_data(cfg.compare, cfg.data_dir, cfg.image_size).test
-        if other.shape[1:] != data.test.shape[1:]:
-            fail(f"--compare {cfg.compare}: images of {list(other.shape[1:])}, not {list(data.test.shape[1:])}")
+    if other is not None:
         bits[cfg.compare] = bits_per_dim(ema, other, data.classes, cfg, run)
         metrics["compare_bpd"] = bits[cfg.compare].mean().item()
         show_likelihoods(bits, run.out / "likelihoods.png")
@@ -1033,6 +1027,9 @@ def main(argv=None):
     if cfg.mode != "sample":
         data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
         run.describe(data)
+        other = load_data(cfg.compare, cfg.data_dir, cfg.image_size).test if cfg.compare else None
+        if other is not None and other.shape[1:] != data.test.shape[1:]:
+            fail(f"--compare {cfg.compare}: images of {list(other.shape[1:])}, not {list(data.test.shape[1:])}")
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
         fail(f"--label {cfg.label}: the data has {classes} classes")
@@ -1054,7 +1051,7 @@ def main(argv=None):
     if run.rank > 0:
         return
     if cfg.mode != "sample":
-        metrics = evaluate(ema, data, cfg, run)
+        metrics = evaluate(ema, data, other, cfg, run)
         run.write_metrics(final=True, **metrics)
         bound = f"upper bound, {cfg.dequantize} dequantisation, one draw an image"
         bound += f", noise of {cfg.noise} added" * (cfg.noise > 0)

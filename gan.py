@@ -94,7 +94,7 @@ class BiasAct(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """No normalisation: the residual branch starts at zero instead (as in Fixup and R3GAN)."""
+    """No normalisation: the residual branch starts small instead (as in Fixup and R3GAN)."""
 
     def __init__(self, width, norm):
         super().__init__()
@@ -159,12 +159,14 @@ class Discriminator(nn.Module):
         H, W = x.shape[2:]
         h = self.stem(F.pixel_unshuffle(F.pad(x, (0, -W % self.patch, 0, -H % self.patch)), self.patch))
         for size, level in zip(self.sizes, self.levels, strict=True):
-            h = level(h if h.shape[2:] == size else F.interpolate(h, size, mode="bilinear", antialias=False))
+            h = level(h if h.shape[2:] == size else F.interpolate(h, size, mode="bilinear"))
         return self.act_last(self.last(self.act(h).permute(0, 2, 3, 1).flatten(1)))
 
-    def forward(self, x, y):
-        h = self.features(x)
+    def score(self, h, y):
         return self.out(h)[:, 0] + (h * self.label(y)).sum(1) / h.shape[1] ** 0.5
+
+    def forward(self, x, y):
+        return self.score(self.features(x), y)
 
 
 # ---- the maths
@@ -326,9 +328,9 @@ def evaluate(ema, D, data, cfg, run):
         scores, features = [], []
         for part, label in zip(x.split(BATCH), y.split(BATCH), strict=True):
             run.check()
-            part, label = part.to(run.device) / 127.5 - 1, label.to(run.device) * cfg.labels
-            scores.append(D(part, label).cpu())
-            features.append(D.features(part).cpu())
+            h = D.features(part.to(run.device) / 127.5 - 1)
+            scores.append(D.score(h, label.to(run.device) * cfg.labels).cpu())
+            features.append(h.cpu())
         metrics[f"test_d_{name}"] = torch.cat(scores).mean().item()
         found[name] = diversity(x), diversity(torch.cat(features))
     for i, kind in enumerate(("diversity", "feature_diversity")):
@@ -821,7 +823,7 @@ def main(argv=None):
     if run.rank > 0:
         return
     if cfg.mode != "sample":
-        metrics = evaluate(ema, D, data, cfg, run)
+        metrics = evaluate(ema, D.eval(), data, cfg, run)
         run.write_metrics(final=True, **metrics)
         print(f"samples have {100 * metrics['test_diversity']:.0f} % of the diversity of test images, in D's features "
               f"{100 * metrics['test_feature_diversity']:.0f} %; D scores train images {metrics['test_d_train']:.2f}, test "

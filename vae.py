@@ -436,9 +436,12 @@ def evaluate(ema, data, cfg, run):
     each = min(cfg.iw_samples, 4)  # draws at once, few enough to stay in the cache
     for x in test.split(BATCH):
         x = x.to(run.device)
-        log_px, kls = elbo(ema, x, cfg)
-        metrics = {"elbo": kls.sum(0) - log_px, "reconstruction": -log_px}
-        metrics |= {f"kl_{cfg.levels - i}": kl for i, kl in enumerate(kls)}
+        params, draws = infer(ema, ema.encode(scale(ema, x)))
+        log_px = log_prob(params, x, cfg.likelihood)
+        metrics = {"elbo": sum(d.kl for d in draws) - log_px, "reconstruction": -log_px}
+        for i, d in enumerate(draws):
+            metrics[f"kl_{cfg.levels - i}"] = d.kl
+            shifts[i].append(d.shift.flatten(1).cpu())
         chunks = []
         while len(chunks) * each < cfg.iw_samples:
             run.check()
@@ -448,8 +451,6 @@ def evaluate(ema, data, cfg, run):
             metrics[f"iw_{k}"] = -iw_bound(log_w, k)
         for name, nats in metrics.items():
             sums[name] = sums.get(name, 0) + nats.cpu().double().sum().item()
-        for shift, d in zip(shifts, infer(ema, ema.encode(scale(ema, x)))[1], strict=True):
-            shift.append(d.shift.flatten(1).cpu())
     metrics = {f"test_{name}": total / len(test) for name, total in sums.items()}
     for i, shift in enumerate(shifts):  # IWAE sec. 5.2: a unit is active if its mean moves with x
         metrics[f"test_active_{cfg.levels - i}"] = (torch.cat(shift).var(0, correction=0) > 0.01).float().mean().item()
@@ -473,9 +474,9 @@ def generate(ema, n, cfg, run):
     """n images (n,C,H,W) uint8, the means of p(x | z_1), from the averaged weights and the noise of --seed."""
     torch.manual_seed(cfg.seed)
     images = []
-    for count in torch.ones(n).split(BATCH):
+    for done in range(0, n, BATCH):
         run.check()
-        params = descend(ema, sample_prior(ema, len(count), cfg.temperature), cfg.temperature)
+        params = descend(ema, sample_prior(ema, min(BATCH, n - done), cfg.temperature), cfg.temperature)
         images.append(to_uint8(mean(params, cfg.likelihood)))
     return torch.cat(images)
 

@@ -1031,7 +1031,7 @@ class Run:
         from matplotlib.figure import Figure
 
         lines = self.read_metrics()
-        names = [name for name in (lines or [{}])[0] if name not in ("step", "seconds")]
+        names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
         for i, name in enumerate(names):
             axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")

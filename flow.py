@@ -105,11 +105,11 @@ class Config:
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
     # the model
     arch: Literal["tarflow", "glow"] = "tarflow"  # transformer autoregressive flow, or multi-scale couplings
-    coupling: Literal["additive", "affine", "spline"] = "affine"  # glow: what a coupling does (NICE, RealNVP, spline flow)
+    coupling: Literal["additive", "affine", "spline"] = "affine"  # what a coupling does (NICE, RealNVP, spline flow)
     scales: int = 0  # glow: how often the image is halved; 0: as often as both sides are even, at most 3 (>= 0)
     depth: int = 0  # steps a scale of glow, blocks of tarflow; 0: 8 and 4 (>= 0)
     width: int = 0  # channels of the networks; 0: 64 for glow, 128 for tarflow (>= 0)
-    bins: int = 8  # glow: bins of a spline (> 0)
+    bins: int = 8  # bins of a spline (> 0)
     patch: int = 0  # tarflow: pixels a side of a position; 0: what divides both sides, at most 2 below 16 pixels, else 4 (>= 0)
     layers: int = 2  # tarflow: transformer layers a block (> 0)
     n_head: int = 4  # tarflow: attention heads (> 0)
@@ -136,6 +136,23 @@ def zero(module):
     return module
 
 
+def each(cfg):
+    """Parameters of a transformed number."""
+    return {"additive": 1, "affine": 2, "spline": 3 * cfg.bins - 1}[cfg.coupling]
+
+
+def couple(kind, x, params, kept, reverse, s_max=2.0):
+    """All but the first `kept` channels of x (B,C,*) transformed by params (B,(C - kept)*each,*) -> y, log |det| (B,)."""
+    if kind == "affine":
+        return affine_coupling(x, params, kept, reverse, s_max)
+    kept, x = x[:, :kept], x[:, kept:]
+    if kind == "spline":
+        x, log_det = spline_coupling(x, params, reverse=reverse)
+    else:
+        x, log_det = x - params if reverse else x + params, 0
+    return torch.cat([kept, x], 1), log_det
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, width, n_head):
         super().__init__()
@@ -151,8 +168,26 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Head(nn.Module):
+    """What transforms each number of a position: made of the position's features and, as in MADE, of the numbers before it
+    in the position. h (B,T,width), x (B,T,D) -> (B,T,D,each)."""
+
+    def __init__(self, width, D, each, hidden=32):
+        super().__init__()
+        self.from_h, self.from_x = nn.Linear(width, D * hidden), nn.Linear(D, D * hidden, bias=False)
+        self.to_out, self.out = nn.Parameter(torch.zeros(D, hidden, each)), zero(nn.Linear(width, D * each))
+        before = torch.arange(D).repeat_interleave(hidden)[:, None] > torch.arange(D)
+        self.register_buffer("before", before.float(), persistent=False)
+
+    def forward(self, h, x):
+        D = x.shape[2]
+        hidden = F.relu(self.from_h(h) + F.linear(x, self.from_x.weight * self.before)).unflatten(2, (D, -1))
+        return self.out(h).unflatten(2, (D, -1)) + torch.einsum("btdi,dio->btdo", hidden, self.to_out)
+
+
 class TarBlock(nn.Module):
-    """z_t = x_t exp(s_t) + m_t, where s_t and m_t are a causal transformer's of x_1 ... x_t-1. x (B,T,D) -> the same."""
+    """z_i = x_i exp(s_i) + m_i, where s_i and m_i are of the numbers before i: of the positions before i's through a causal
+    transformer, of those in i's own position through the head. x (B,T,D) -> the same."""
 
     def __init__(self, T, D, classes, cfg):
         super().__init__()
@@ -160,65 +195,72 @@ class TarBlock(nn.Module):
         self.embed, self.start = nn.Linear(D, w), nn.Embedding(max(classes, 1), w)
         self.place = nn.Parameter(0.1 * torch.randn(T, w))
         self.layers = nn.ModuleList(TransformerBlock(w, cfg.n_head) for _ in range(cfg.layers))
-        self.norm, self.out = nn.LayerNorm(w), zero(nn.Linear(w, 2 * D))
+        self.kind, self.norm, self.head = cfg.coupling, nn.LayerNorm(w), Head(w, D, each(cfg))
 
-    def params(self, x, y):
-        """(B,2*T,D): what becomes s, then m."""
+    def couple(self, x, h, given, reverse=False):
+        """h (B,T,width) are the features of x's positions, given (B,T,D) is what the head sees."""
+        params = self.head(self.norm(h), given).permute(0, 3, 2, 1)  # (B,each,D,T)
+        params = params.transpose(1, 2) if self.kind == "spline" else params
+        y, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0)
+        return y.transpose(1, 2), log_det
+
+    def features(self, x, y):
         h = torch.cat([self.start(y)[:, None], self.embed(x[:, :-1])], 1) + self.place
         for layer in self.layers:
             h = layer(h, lambda q, k, v: attention(q, k, v, "causal"))
-        return torch.cat(self.out(self.norm(h)).chunk(2, 2), 1)
+        return h
 
     def forward(self, x, y):
-        return affine_coupling(x, self.params(x, y), 0, s_max=4.0)
+        return self.couple(x, self.features(x, y), x)
 
     def inverse(self, z, y, how):
-        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends."""
+        """x from z, and the passes it took. Fixed point: the first n numbers are right after n passes, so it ends."""
         if how == "jacobi":
             x = z
             for passes in count(1):
-                last, x = x, affine_coupling(z, self.params(x, y), 0, reverse=True, s_max=4.0)[0]
-                if passes == z.shape[1] or (x - last).abs().max() < 1e-5:
+                last, x = x, self.couple(z, self.features(x, y), x, reverse=True)[0]
+                if passes == z[0].numel() or (x - last).abs().max() < 1e-5:
                     return x, passes
-        B, T, _ = z.shape
-        n_head, xs, token = self.layers[0].n_head, [], self.start(y)
+        B, T, D = z.shape
+        n_head, x, token = self.layers[0].n_head, torch.zeros_like(z), self.start(y)
         kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
         for t in range(T):
-            h = (token + self.place[t])[:, None]
+            h, here = (token + self.place[t])[:, None], slice(t, t + 1)
             for layer, (keys, values) in zip(self.layers, kept, strict=True):
                 def attend(q, k, v, keys=keys, values=values, t=t):
                     keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
                     return decode_attention(q, keys, values, t + 1)
                 h = layer(h, attend)
-            params = torch.cat(self.out(self.norm(h)).chunk(2, 2), 1)  # (B,2,D)
-            xs.append(affine_coupling(z[:, t:t + 1], params, 0, reverse=True, s_max=4.0)[0])
-            token = self.embed(xs[-1][:, 0])
-        return torch.cat(xs, 1), T
+            for d in range(D):
+                x[:, t, d] = self.couple(z[:, here], h, x[:, here], reverse=True)[0][:, 0, d]
+            token = self.embed(x[:, t])
+        return x, T
 
 
 class TarFlow(nn.Module):
-    """Blocks over the patches in raster order, and back to front in every second one."""
+    """Blocks over the numbers of the patches in raster order, and back to front in every second one."""
 
     def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
         self.patch, self.size, D = cfg.patch, (H, W), channels * cfg.patch**2
-        T = H * W // cfg.patch**2
+        self.scale, T = 3.0 if cfg.coupling == "spline" else 1.0, H * W // cfg.patch**2  # to fill a spline's [-3,3]
         self.blocks, self.noise_shapes = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.depth)), [(T, D)]
 
     def forward(self, x, y):
-        z, total = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2), 0
+        z, total = self.scale * F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2), x[0].numel() * math.log(self.scale)
         for block in self.blocks:
             z, log_det = block(z, y)
-            z, total = z.flip(1), total + log_det
+            z, total = z.flip(1, 2), total + log_det
         return [z], total
 
     def inverse(self, eps, y, how):
         (x,), passes = eps, 0
         for block in reversed(self.blocks):
-            x, used = block.inverse(x.flip(1), y, how)
+            x, used = block.inverse(x.flip(1, 2), y, how)
             passes += used
         H, W = self.size
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (H // self.patch, W // self.patch)), self.patch), passes
+        x = (x / self.scale).transpose(1, 2).unflatten(2, (H // self.patch, W // self.patch))
+        return F.pixel_shuffle(x, self.patch), passes
 
 
 class Dequantizer(nn.Module):
@@ -304,14 +346,13 @@ class Step(nn.Module):
         super().__init__()
         C, w, kept = channels, cfg.width, channels // 2
         self.kept, self.kind = kept, cfg.coupling
-        each = {"additive": 1, "affine": 2, "spline": 3 * cfg.bins - 1}[cfg.coupling]  # parameters of a transformed channel
         self.shift, self.log_scale = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))  # actnorm
         P, L, U = torch.linalg.lu(torch.linalg.qr(torch.randn(C, C))[0])  # W = P L (U + diag(s)), Glow eq. 10
         self.register_buffer("P", P)
         self.register_buffer("sign", U.diag().sign())
         self.L, self.U, self.log_s = nn.Parameter(L.tril(-1)), nn.Parameter(U.triu(1)), nn.Parameter(U.diag().abs().log())
         self.conv1, self.conv2 = nn.Conv2d(kept, w, 3, padding=1), nn.Conv2d(w, w, 1)
-        self.conv3 = zero(nn.Conv2d(w, (C - kept) * each, 3, padding=1))
+        self.conv3 = zero(nn.Conv2d(w, (C - kept) * each(cfg), 3, padding=1))
         self.label = nn.Embedding(max(classes, 1), w)
 
     def matrix(self):
@@ -322,15 +363,7 @@ class Step(nn.Module):
 
     def couple(self, x, y, reverse):
         h = F.relu(self.conv1(x[:, :self.kept]) + self.label(y)[:, :, None, None])
-        params = self.conv3(F.relu(self.conv2(h)))
-        if self.kind == "affine":
-            return affine_coupling(x, params, self.kept, reverse)
-        kept, x = x[:, :self.kept], x[:, self.kept:]
-        if self.kind == "spline":
-            x, log_det = spline_coupling(x, params, reverse=reverse)
-        else:
-            x, log_det = x - params if reverse else x + params, 0
-        return torch.cat([kept, x], 1), log_det
+        return couple(self.kind, x, self.conv3(F.relu(self.conv2(h))), self.kept, reverse)
 
     def forward(self, x, y):
         W = self.matrix()
@@ -991,7 +1024,7 @@ class Run:
         from matplotlib.figure import Figure
 
         lines = self.read_metrics()
-        names = [name for name in (lines or [{}])[0] if name not in ("step", "seconds")]
+        names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
         for i, name in enumerate(names):
             axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")

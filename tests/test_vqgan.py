@@ -1,0 +1,440 @@
+"""The mathematics of vqgan.py: quantisers against brute force, whose gradients go where, the prior and its caches."""
+
+import importlib.util
+import itertools
+import json
+import math
+import sys
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tiny
+import vqgan
+from vqgan import FSQ, VQ, Autoencoder, Config, Discriminator, Prior, SimVQ, adaptive_weight, loss_autoencoder, nll, sample
+
+
+def config(shape=(1, 8, 8), **fields):
+    small = {"width": 8, "codes": 12, "code_dim": 3, "levels": (4, 3), "prior_width": 16, "prior_blocks": 2, "n_head": 2}
+    return vqgan.choose(Config(**small | fields), *shape[1:])
+
+
+def build(shape=(1, 8, 8), **fields):
+    """A small autoencoder, discriminator and prior of 3 classes in float64, no branch at nothing, and their Config."""
+    cfg = config(shape, **fields)
+    torch.manual_seed(0)
+    model, D = Autoencoder(shape[0], cfg), Discriminator(shape[0])
+    prior = Prior(model.codes, *(-(-n // cfg.downsample) for n in shape[1:]), 3, cfg)
+    for net in (model.encoder, model.decoder, prior):
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+    return model.double(), D.double(), prior.double(), cfg
+
+
+def batch(n=4, shape=(1, 8, 8)):
+    return torch.rand(n, *shape, dtype=torch.float64) * 2 - 1
+
+
+# ---- quantisers
+
+QUANTIZERS = {"vq": VQ, "fsq": FSQ, "simvq": SimVQ}
+every_quantizer = pytest.mark.parametrize("kind", QUANTIZERS)
+
+
+def quantizer(kind, **fields):
+    torch.manual_seed(1)
+    q = QUANTIZERS[kind](config(**fields)).double().eval()
+    if kind == "simvq":
+        torch.nn.init.normal_(q.linear.weight)
+    return q, torch.randn(5, 4, 2, 2 if kind == "fsq" else 3, dtype=torch.float64)
+
+
+@every_quantizer
+def test_the_code_is_the_nearest_and_indices_go_there_and_back(kind):
+    q, z = quantizer(kind)
+    z_q, indices, _ = q(z)
+    K = math.prod(config().levels) if kind == "fsq" else config().codes
+    codebook = q.lookup(torch.arange(K))
+    seen = q.scale(q.bound(z)) if kind == "fsq" else z  # fsq rounds a bounded z
+    assert indices.shape == z.shape[:-1] 
+    assert torch.equal(indices, torch.cdist(seen.flatten(0, 2), codebook).argmin(1).view(5, 4, 2))
+    assert_close(z_q, q.lookup(indices))
+    if kind != "fsq":
+        assert torch.equal(q(codebook)[1], torch.arange(K))
+
+
+@every_quantizer
+def test_the_gradient_passes_straight_through(kind):
+    q, z = quantizer(kind)
+    z, g = z.requires_grad_(), torch.randn_like(z)
+    (grad,) = torch.autograd.grad((q(z)[0] * g).sum(), z)
+    if kind == "fsq":
+        (g,) = torch.autograd.grad((q.scale(q.bound(z)) * g).sum(), z)
+    assert_close(grad, g)
+
+
+def test_beta_is_of_the_commitment_alone():
+    for beta in (0.25, 3.0):
+        q, z = quantizer("simvq", beta=beta)
+        z.requires_grad_()
+        z_q, indices, loss = q(z)
+        e = q.lookup(indices)
+        to_z, to_w = torch.autograd.grad(loss, (z, q.linear.weight))
+        assert_close(to_z, beta * 2 * (z - e).detach() / z.numel())
+        (want,) = torch.autograd.grad((z.detach() - e).square().mean(), q.linear.weight)
+        assert_close(to_w, want)
+        assert not q.frozen.requires_grad
+        q, z = quantizer("vq", beta=beta)
+        z.requires_grad_()
+        z_q, indices, loss = q(z)
+        assert_close(torch.autograd.grad(loss, z)[0], beta * 2 * (z - q.lookup(indices)).detach() / z.numel())
+        assert not q.codebook.requires_grad
+
+
+def test_the_codebook_is_a_moving_average():
+    """Appendix A.1 of VQ-VAE in a loop, over three batches none of which leaves a code dead."""
+    q = VQ(config(codes=4), decay=0.9, dead=0.0).double().train()
+    torch.manual_seed(0)
+    size, sums = torch.zeros(4, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
+    for _ in range(3):
+        z, indices = torch.randn(40, 3, dtype=torch.float64), torch.arange(40) % 4
+        q.update(z, indices)
+        for i in range(4):
+            size[i] = 0.9 * size[i] + 0.1 * (indices == i).sum()
+            sums[i] = 0.9 * sums[i] + 0.1 * z[indices == i].sum(0)
+        assert_close(q.codebook, sums / size[:, None])
+
+
+def test_a_revived_code_is_a_vector_of_the_batch_and_survives():
+    q = VQ(config(codes=6)).double().train()
+    torch.manual_seed(0)
+    z, nobody = torch.randn(30, 3, dtype=torch.float64), torch.zeros(30, dtype=torch.long)
+    for _ in range(60):
+        q.update(z, nobody)  # all take code 0
+    assert torch.cdist(q.codebook.detach()[1:], z).min(1).values.max() < 1e-6
+    before = q.codebook.detach().clone()
+    q.update(torch.randn(30, 3, dtype=torch.float64), nobody)
+    assert_close(q.codebook.detach()[1:], before[1:])
+    assert (q.size[1:] > q.dead * 5).all()
+
+
+def test_fsq_takes_every_level_and_no_other():
+    for levels in ((3,), (4,), (8, 5), (5, 4, 3)):
+        q = FSQ(config(levels=levels)).double()
+        z = torch.cat([torch.linspace(-9, 9, 4001, dtype=torch.float64), torch.tensor([-1e9, 0, 1e9], dtype=torch.float64)])
+        z_q, indices, loss = q(z[:, None].expand(-1, len(levels)))
+        for d, n in enumerate(levels):
+            assert len(z_q[:, d].unique()) == n and z_q[:, d].min() == -1 and z_q[:, d].max() == 1
+        assert q.bound(torch.zeros(len(levels), dtype=torch.float64)).frac().abs().max() < 1e-9  # 0 is a level
+        assert indices.min() == 0 and indices.max() == math.prod(levels) - 1 and loss == 0
+        every = torch.arange(math.prod(levels))
+        digits = (q.lookup(every) + 1) / 2 * (q.levels - 1)
+        assert torch.equal((digits.round().long() * q.basis).sum(-1), every) and len(digits.unique(dim=0)) == len(every)
+
+
+@every_quantizer
+def test_mixed_precision_does_not_change_the_codes(kind):
+    cfg = config(quantizer=kind)
+    torch.manual_seed(0)
+    model = Autoencoder(1, cfg).eval()
+    z = torch.randn(6, 4, 4, model.decoder[0].in_channels)
+    model.encode = lambda x: z
+    x = torch.zeros(6, 1, 8, 8)
+    want = model(x)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x)[1], want)
+
+
+def test_usage_and_perplexity():
+    assert vqgan.usage(torch.arange(8).view(2, 4), 8) == pytest.approx((1, 8))
+    share, perplexity = vqgan.usage(torch.tensor([0, 0, 0, 1]), 8)
+    assert share == 0.25 and perplexity == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+
+# ---- the losses of stage 1
+
+
+def test_adaptive_weight_is_a_ratio_of_norms_without_gradient():
+    w = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    a, b = (w * torch.randn(3, 4)).sum(), (w**2).sum()
+    weight = adaptive_weight(a, b, w)
+    ga, gb = torch.autograd.grad(a, w, retain_graph=True)[0], torch.autograd.grad(b, w)[0]
+    assert_close(weight, ga.norm() / (gb.norm() + 1e-6))
+    assert not weight.requires_grad
+
+
+def test_the_total_is_its_terms_and_each_step_leaves_the_other_alone():
+    model, D, _, cfg = build(disc_start=5, disc_weight=0.3, perceptual_weight=0.7)
+    x = batch()
+    total, terms, _ = loss_autoencoder(model, D, x, 4, cfg)
+    assert terms.keys() == {"l1", "code"} and torch.equal(total, terms["l1"] + terms["code"])
+    D.requires_grad_(False)
+    total, t, x_hat = loss_autoencoder(model, D, x, 5, cfg)
+    assert_close(total, t["l1"] + t["code"] + 0.7 * t["perceptual"] + 0.3 * t["adaptive"] * t["adversarial"])
+    assert_close(t["adversarial"], -D(x_hat)[0].mean())
+    reconstruction = t["l1"] + 0.7 * t["perceptual"]
+    assert_close(t["adaptive"], adaptive_weight(reconstruction, t["adversarial"], model.decoder[-2].weight))
+    total.backward()
+    assert all(p.grad is None for p in D.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
+    D.requires_grad_(True)
+    loss = vqgan.loss_discriminator(D, x, x_hat)
+    assert_close(loss, (1 - D(x)[0]).relu().mean() + (1 + D(x_hat)[0]).relu().mean())
+    loss.backward()
+    assert all(p.grad is None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is not None for p in D.parameters())
+
+
+def test_feature_distance_is_nought_for_equals_and_blind_to_scale():
+    a = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)]
+    assert vqgan.feature_distance(a, a) == 0
+    assert_close(vqgan.feature_distance(a, [3 * f for f in a]), torch.tensor(0.0))
+    flipped = vqgan.feature_distance(a, [-f for f in a])
+    assert_close(flipped, torch.tensor(4.0))  # |u + u|^2 of unit vectors
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (1, 28, 28), (3, 33, 49)])
+@every_quantizer
+def test_any_size(shape, kind):
+    model, D, _, cfg = build(shape, quantizer=kind)
+    x = batch(2, shape)
+    x_hat, indices, loss = model(x)
+    f = cfg.downsample
+    assert x_hat.shape == x.shape and indices.shape == (2, -(-shape[1] // f), -(-shape[2] // f)) and loss.isfinite()
+    model.eval()
+    codes = model.quantizer(model.encode(x))[1]
+    assert_close(model.decode(codes)[..., :shape[1], :shape[2]], model(x)[0])
+
+
+# ---- the prior
+
+
+def test_the_chain_rule_sums_to_one():
+    _, _, prior, cfg = build((1, 4, 4), codes=3, downsample=2)
+    every = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
+    for y in range(3):
+        assert_close(torch.exp(-nll(prior, every, torch.full((81,), y))).sum(), torch.ones((), dtype=torch.float64))
+
+
+def test_a_code_sees_those_before_it_alone():
+    _, _, prior, _ = build()
+    codes, y = torch.randint(12, (1, 4, 4)), torch.tensor([1])
+    want = prior(codes, y)
+    for t in range(16):
+        changed = codes.flatten(1).clone()
+        changed[:, t] = (changed[:, t] + 1) % 12
+        differs = (prior(changed.view(1, 4, 4), y) - want).abs().amax((0, 2)) > 1e-12
+        assert not differs[:t + 1].any() and differs[t + 1:].all()
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 3), (1, 1)])
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"top_p": 0.7, "temperature": 1.3}], ids=str)
+def test_caches_give_the_same_codes(grid, fields):
+    _, _, prior, cfg = build(**fields)
+    noise, y, given = torch.rand(5, *grid), torch.arange(5) % 3, torch.full((5, *grid), -1)
+    given[:, 0, :2] = 7
+    for known in (None, given):
+        found = {how: sample(prior, y, noise, replace(cfg, sampler=how), known)
+                 for how in ("cached", "naive")}
+        assert torch.equal(found["cached"], found["naive"])
+    assert (found["naive"][:, 0, :2] == 7).all()
+
+
+def test_a_window_slides_over_a_larger_grid():
+    """Each code of a 6 x 7 grid is drawn from the 4 x 4 prior's conditional in the window around it, position by position."""
+    _, _, prior, cfg = build()
+    noise, y = torch.rand(2, 6, 7, dtype=torch.float64), torch.tensor([0, 2])
+    x = sample(prior, y, noise, cfg)
+    for i, j in itertools.product(range(6), range(7)):
+        top, left = min(max(i - 2, 0), 2), min(max(j - 2, 0), 3)
+        logits = prior(x[:, top:top + 4, left:left + 4], y)[:, (i - top) * 4 + j - left]
+        cdf = torch.softmax(logits, 1).cumsum(1)
+        want = (noise[:, i, j, None] >= cdf).sum(1).clamp(max=11)
+        assert torch.equal(x[:, i, j], want)
+
+
+def test_samples_have_the_probabilities_of_the_chain():
+    _, _, prior, cfg = build((1, 2, 4), codes=3, downsample=2)
+    n = 20_000
+    x = sample(prior, torch.zeros(n, dtype=torch.long), torch.rand(n, 1, 2), cfg)
+    found = torch.bincount((3 * x[:, 0, 0] + x[:, 0, 1]), minlength=9) / n
+    every = torch.tensor(list(itertools.product(range(3), repeat=2))).view(-1, 1, 2)
+    p = torch.exp(-nll(prior, every, torch.zeros(9, dtype=torch.long)))
+    assert ((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+def test_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64))
+
+    def p(**fields):
+        return vqgan.probabilities(logits, Config(**fields))
+
+    assert_close(p(), logits.exp())
+    assert_close(p(top_k=2)[0], torch.tensor([0, 0.4, 0, 0.25, 0], dtype=torch.float64) / 0.65)
+    assert_close(p(top_p=0.6)[0], torch.tensor([0, 0.4, 0, 0.25, 0], dtype=torch.float64) / 0.65)
+    assert_close(p(top_p=0.66)[0], torch.tensor([0, 0.4, 0, 0.25, 0.2], dtype=torch.float64) / 0.85)
+    assert_close(p(top_p=0.0)[0], torch.tensor([0, 1.0, 0, 0, 0], dtype=torch.float64))
+    assert_close(p(temperature=0.5)[0], logits[0].exp() ** 2 / (logits[0].exp() ** 2).sum())
+    assert (p(top_k=99, top_p=1.0) > 0).all() and p(top_k=1)[1, 0] == 1  # the first of equals
+
+
+# ---- the script
+
+TINY = [*tiny.TINY["vqgan"].split(), *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
+
+
+@pytest.fixture()
+def digits(monkeypatch):
+    return tiny.small_digits(vqgan, monkeypatch)
+
+
+def final(out):
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", [
+    "--quantizer fsq --no-labels", "--quantizer simvq --perceptual none", "--amp bf16 --dropout 0.1", "--disc-weight 0",
+    "--top-k 3 --label 2 --sampler naive", "--sample-size 12 10", "--complete top", "--complete left --downsample 4",
+    "--stage1 9"])
+def test_every_option_runs(digits, tmp_path, flags):
+    out = tmp_path / "run"
+    vqgan.main([*TINY, "--out", str(out), *flags.split()])
+    files = {"samples.png", "curves.png", "checkpoint.pt", "reconstructions.png", "reconstructions.npz"}
+    assert files | ({"complete.png"} if "complete" in flags else set()) <= {p.name for p in out.iterdir()}
+    found = np.load(out / "samples.npz")["images"]
+    assert found.shape == (4, *((12, 10) if "sample-size" in flags else (8, 8)), 1) and found.dtype == np.uint8
+    assert np.load(out / "reconstructions.npz")["images"].shape == (8, 8, 8, 1)
+    names = "test_l1", "test_psnr", "usage", "perplexity", "test_bits_per_code"
+    assert all(math.isfinite(final(out)[name]) for name in names)
+
+
+def test_the_discriminator_starts_when_it_says(digits, tmp_path):
+    """Until then it keeps its first weights, and no loss has a part of it."""
+    for start, moved in ((4, False), (2, True)):
+        out = tmp_path / str(start)
+        vqgan.main([*TINY, "--out", str(out), "--stage1", "4", "--disc-start", str(start)])
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][:-1]
+        assert [("adversarial" in line, "loss_d" in line) for line in lines] == [(step >= start,) * 2 for step in range(4)]
+        state = tiny.load_checkpoint(out)["optimizer_D"]["state"]
+        assert bool(state) == moved
+
+
+def test_each_stage_trains_its_own_network(digits, tmp_path):
+    out = tmp_path / "run"
+    vqgan.main([*TINY, "--out", str(out), "--stage1", "2", "--steps", "2"])
+    a = tiny.load_checkpoint(out)
+    vqgan.main(["--out", str(out), "--resume", "--steps", "4"])
+    b = tiny.load_checkpoint(out)
+    for name in ("model", "ema", "discriminator"):
+        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
+    assert any(not torch.equal(a["prior"][k], b["prior"][k]) for k in a["prior"])
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5])
+def test_resumed_in_either_stage_is_as_if_never_stopped(digits, tmp_path, first):
+    for name, parts in (("whole", (6,)), ("parts", (first, 6))):
+        for i, steps in enumerate(parts):
+            more = ["--resume"] if i else [*TINY, "--stage1", "3", "--disc-start", "1"]
+            vqgan.main([*more, "--out", str(tmp_path / name), "--steps", str(steps)])
+    a, b = (tiny.load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    tiny.assert_same_state(a, b)
+
+
+def test_training_on_digits_reaches_its_bar(tmp_path, monkeypatch):
+    """Codes that hold the image, all of them in use, modelled far better than at random; and no worse for the discriminator."""
+    monkeypatch.setattr(vqgan.Run, "curves", lambda run: None)
+    found = {}
+    for weight in ("0", "0.1"):
+        out = tmp_path / weight
+        flags = "--steps 800 --stage1 600 --disc-start 300 --width 32 --codes 64 --prior-width 64 --log-every 100"
+        vqgan.main([*flags.split(), "--disc-weight", weight, "--out", str(out), "--num-samples", "4"])
+        found[weight] = final(out)
+    for m in found.values():
+        assert m["test_l1"] < 0.075 and m["usage"] >= 0.95 and m["test_bits_per_code"] < 5
+    assert found["0.1"]["test_l1"] < 1.1 * found["0"]["test_l1"]
+
+
+def test_photos_are_crops_of_two_pictures_train_and_test_apart():
+    data = vqgan.photos(64, count=16)
+    assert data.train.shape == (32, 3, 64, 64) and data.test.shape == (4, 3, 64, 64) and data.classes == 2
+    assert data.train_labels.tolist() == [0] * 16 + [1] * 16
+    from sklearn.datasets import load_sample_images
+
+    for image, crops in zip(load_sample_images().images, data.test.split(2), strict=True):
+        windows = torch.from_numpy(image).unfold(0, 64, 1).unfold(1, 64, 1)  # (364, 577, 3, 64, 64)
+        for crop in crops:
+            where = (windows[:, :, :, 0] == crop[:, 0]).all(-1).all(-1).nonzero()
+            assert len(where) and where[:, 1].min() >= 480
+    assert torch.equal(vqgan.photos(64, count=16).train, data.train)
+
+
+def test_photos_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(vqgan, "photos", lambda size, make=vqgan.photos: make(size, count=8))
+    vqgan.main([*TINY, "--batch-size", "4", "--dataset", "photos", "--image-size", "16", "--out", str(tmp_path / "run")])
+    assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (4, 16, 16, 3)
+    vqgan.main(["--mode", "sample", "--sample-size", "24", "32", "--num-samples", "2", "--out", str(tmp_path / "run")])
+    assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (2, 24, 32, 3)
+
+
+def test_lpips_is_used_where_it_is(digits, tmp_path, monkeypatch):
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            assert a.shape == b.shape == (16, 3, 8, 8)
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    vqgan.main([*TINY, "--perceptual", "lpips", "--stage1", "4", "--out", str(tmp_path / "run")])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][:-1]
+    assert all(line["perceptual"] > 0 for line in lines)
+
+
+def test_without_lpips_it_is_one_line(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(SystemExit) as stop:
+        vqgan.main([*TINY, "--perceptual", "lpips", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "--perceptual lpips" in tiny.error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flags", [
+    "--downsample 3", "--levels 2 5", "--sample-size 8", "--n-head 3", "--label 10", "--top-p 2", "--stage1 0",
+    "--dataset photos --image-size 400"])
+def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vqgan.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
+    assert stop.value.code == 2 and next(f for f in flags.split()[::-1] if f[:2] == "--") in tiny.error_line(
+        capsys.readouterr().err)
+
+
+def test_a_lone_copy_computes_the_same(monkeypatch):
+    """Without the folder kernels/, the lines under `except ImportError` take the operations' place."""
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    for name in [n for n in sys.modules if n.startswith("kernels.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("lone", vqgan.__file__)
+    monkeypatch.setitem(sys.modules, "lone", lone := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(lone)
+    assert lone.nearest_code.__module__ == "lone"
+    for kind in QUANTIZERS:
+        model, D, prior, cfg = build(quantizer=kind)
+        other, other_prior = lone.Autoencoder(1, cfg).double(), lone.Prior(model.codes, 4, 4, 3, cfg).double()
+        other.load_state_dict(model.state_dict())
+        other_prior.load_state_dict(prior.state_dict())
+        x, y = batch(), torch.tensor([0, 1, 2, 0])
+        results = []
+        for module, net, p in ((vqgan, model, prior), (lone, other, other_prior)):
+            torch.manual_seed(5)
+            loss = module.loss_autoencoder(net, D, x, 1000, cfg)[0]
+            grads = torch.autograd.grad(loss, [w for w in net.parameters() if w.requires_grad])
+            codes = torch.arange(64).view(4, 4, 4) % model.codes
+            results.append([loss, *grads, *net.buffers(), module.nll(p, codes, y),
+                            module.sample(p, y, torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(0)), cfg)])
+        for a, b in zip(*results, strict=True):
+            assert_close(a, b)

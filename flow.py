@@ -89,7 +89,7 @@ class Config:
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
     steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
-    batch_size: int = 32  # images a step, over all processes (> 0)
+    batch_size: int = 16  # images a step, over all processes (> 0)
     lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -105,9 +105,9 @@ class Config:
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
     # the model
     arch: Literal["tarflow", "glow"] = "tarflow"  # transformer autoregressive flow, or multi-scale couplings
-    coupling: Literal["additive", "affine", "spline"] = "affine"  # what a coupling does (NICE, RealNVP, spline flow)
+    coupling: Literal["additive", "affine", "spline"] = "spline"  # what a coupling does (NICE, RealNVP, spline flow)
     scales: int = 0  # glow: how often the image is halved; 0: as often as both sides are even, at most 3 (>= 0)
-    depth: int = 0  # steps a scale of glow, blocks of tarflow; 0: 8 and 4 (>= 0)
+    depth: int = 0  # steps a scale of glow, blocks of tarflow; 0: 8 and 2 (>= 0)
     width: int = 0  # channels of the networks; 0: 64 for glow, 128 for tarflow (>= 0)
     bins: int = 8  # bins of a spline (> 0)
     patch: int = 0  # tarflow: pixels a side of a position; 0: what divides both sides, at most 2 below 16 pixels, else 4 (>= 0)
@@ -502,7 +502,7 @@ BATCH = 250  # images at once in evaluation and sampling, so that their results 
 def choose(cfg, H, W):
     """cfg, with what the size of the images and the architecture decide where nothing was said."""
     glow, most = cfg.arch == "glow", 2 if min(H, W) < 16 else 4
-    cfg.width, cfg.depth = cfg.width or (64 if glow else 128), cfg.depth or (8 if glow else 4)
+    cfg.width, cfg.depth = cfg.width or (64 if glow else 128), cfg.depth or (8 if glow else 2)
     cfg.patch = cfg.patch or max(p for p in range(1, most + 1) if H % p == W % p == 0)
     halves = next(n for n in range(4) if n == 3 or H % 2 ** (n + 1) or W % 2 ** (n + 1))
     cfg.scales = cfg.scales or max(halves, int(min(H, W) > 1))

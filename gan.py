@@ -49,7 +49,7 @@ class Config:
     steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 64  # images a step, over all processes (> 0)
-    lr: float = 1e-3  # learning rate of Adam (> 0)
+    lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
@@ -70,7 +70,7 @@ class Config:
     spectral_norm: bool = False  # D's layers have norm 1
     z_dim: int = 64  # numbers that G makes an image of (> 0)
     patch: int = 0  # pixels a side folded into channels at the door; 0: 1 below 16 pixels, else 2 (>= 0)
-    width: int = 64  # channels of both networks (> 0)
+    width: int = 32  # channels of both networks (> 0)
     halvings: int = 0  # how often G doubles and D halves the image; 0: until a side has 4 or fewer positions (>= 0)
     blocks: int = 1  # residual blocks a resolution (> 0)
     labels: bool = True  # condition G and D on the class

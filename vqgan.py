@@ -98,14 +98,14 @@ class Config:
     width: int = 48  # channels of encoder and decoder at half resolution, twice as many at a quarter, then four times (> 0)
     blocks: int = 1  # residual blocks a resolution (> 0)
     disc_start: int = 500  # step from which on the discriminator is trained, and taken part in the loss (>= 0)
-    disc_weight: float = 0.2  # weight of the adversarial loss, beside the adaptive one; 0: none, a plain VQ-VAE (>= 0)
+    disc_weight: float = 0.1  # weight of the adversarial loss, beside the adaptive one; 0: none, a plain VQ-VAE (>= 0)
     perceptual: Literal["features", "lpips", "none"] = "features"  # distance in the discriminator's features, or LPIPS
     perceptual_weight: float = 0.2  # weight of that distance (>= 0)
     # stage 2, the transformer
     prior_width: int = 128  # channels (> 0)
     prior_blocks: int = 4  # transformer blocks (> 0)
     n_head: int = 4  # attention heads (> 0)
-    dropout: float = 0.0  # dropout in the blocks (0 to 1)
+    dropout: float = 0.1  # dropout in the blocks (0 to 1)
     labels: bool = True  # condition the transformer on the class
     warmup: int = 100  # steps of linear warm-up of the learning rate, in either stage (>= 0)
     decay: int = 2000  # steps of a stage after which the learning rate falls as 1 / sqrt(step) (> 0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,31 @@ def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import evaluate"
     done = subprocess.run([sys.executable, "-c", code, "--bad"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+# ---- stacked digits
+
+
+def test_modes_of_stacked_digits(monkeypatch):
+    """With a classifier that reads the digit off the first pixel: the triples that occur, and KL from equal frequencies."""
+    monkeypatch.setattr(tool, "features", lambda images, classifier: np.asarray(images)[:, 0, 0, 0])
+    monkeypatch.setattr(tool, "predict", lambda f, classifier: f)
+    every = np.zeros((1000, 28, 28, 3), np.uint8)
+    every[:, 0, 0] = np.indices((10, 10, 10)).reshape(3, -1).T
+    assert tool.modes(every, None) == {"n": 1000, "modes": 1000, "kl": pytest.approx(0, abs=1e-12)}
+    assert tool.modes(every[:1].repeat(50, 0), None) == {"n": 50, "modes": 1, "kl": pytest.approx(np.log(1000))}
+    p = np.array([3, 1]) / 4
+    found = tool.modes(every[[5, 5, 5, 123]], None)
+    assert found["modes"] == 2 and found["kl"] == pytest.approx((p * np.log(p * 1000)).sum())
+
+
+def test_stacked_digits_from_the_command_line(tmp_path, monkeypatch, capsys):
+    real = torch.zeros(20, 1, 28, 28, dtype=torch.uint8)
+    monkeypatch.setattr(tool, "load_data", lambda *args: types.SimpleNamespace(test=real))
+    path = tmp_path / "samples.npz"
+    np.savez(path, images=np.zeros((30, 28, 28, 3), np.uint8))
+    assert tool.main([str(path), "--dataset", "stacked_mnist"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("1 of 1000 modes, KL 6.9078 nats") == 2 and out.count("n = 30") == 2
+    np.savez(path, images=np.zeros((30, 28, 28, 1), np.uint8))
+    assert tool.main([str(path), "--dataset", "stacked_mnist"]) == 2 and "(N,28,28,3)" in capsys.readouterr().err

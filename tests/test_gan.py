@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import gan
 import tiny
 from gan import LOSSES, Config, Discriminator, Generator, diversity, gradient_penalty, loss_d, loss_g, sample, wgan_penalty
+from tools.evaluate import evaluate
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 
@@ -314,6 +315,16 @@ def test_collapse_is_told_with_its_step(digits, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "step 2: the samples' diversity fell to 0 %" in said.err and said.err.count("warning") == 1
     assert final(tmp_path / "run")["test_diversity"] < 1e-3 and "WARNING: the generator has dropped modes" in said.out
+
+
+def test_short_training_on_digits(tmp_path):
+    """500 steps on the real digits: coverage and distance of 297 samples, as many as there are test images."""
+    gan.main(["--steps", "500", "--num-samples", "297", "--out", str(tmp_path / "run")])
+    samples = np.load(tmp_path / "run" / "samples.npz")
+    quality = evaluate(samples["images"], "digits", labels=samples["labels"])
+    assert quality["frechet"] < 8, quality  # the floor is 0.69
+    assert quality["coverage"] > 0.22, quality  # and 0.59
+    assert quality["label_accuracy"] > 0.8, quality
 
 
 def test_a_lone_copy_computes_the_same(monkeypatch):

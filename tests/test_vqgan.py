@@ -32,7 +32,7 @@ def build(shape=(1, 8, 8), **fields):
     for net in (model.encoder, model.decoder, prior):
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.2)
-    return model.double(), D.double(), prior.double(), cfg
+    return model.double(), D.double(), prior.double().eval(), cfg
 
 
 def batch(n=4, shape=(1, 8, 8)):
@@ -424,7 +424,7 @@ def test_a_lone_copy_computes_the_same(monkeypatch):
     assert lone.nearest_code.__module__ == "lone"
     for kind in QUANTIZERS:
         model, D, prior, cfg = build(quantizer=kind)
-        other, other_prior = lone.Autoencoder(1, cfg).double(), lone.Prior(model.codes, 4, 4, 3, cfg).double()
+        other, other_prior = lone.Autoencoder(1, cfg).double(), lone.Prior(model.codes, 4, 4, 3, cfg).double().eval()
         other.load_state_dict(model.state_dict())
         other_prior.load_state_dict(prior.state_dict())
         x, y = batch(), torch.tensor([0, 1, 2, 0])

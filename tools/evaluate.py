@@ -1,6 +1,6 @@
 """How close are generated images to real ones? One small fixed classifier per data set answers, in seconds on a CPU.
 
-  python tools/evaluate.py SAMPLES.npz --dataset digits|mnist|fashion_mnist [--data-dir data] [--json]
+  python tools/evaluate.py SAMPLES.npz --dataset digits|mnist|fashion_mnist|stacked_mnist [--data-dir data] [--json]
 
 SAMPLES.npz holds `images` (uint8 {0..255}, N,H,W,C) and maybe `labels` (integers {0..9}, N). The program prints:
 - frechet: the Frechet distance (Heusel et al. 2017, arXiv:1706.08500) of two Gaussians, fitted to the features of the
@@ -12,6 +12,10 @@ SAMPLES.npz holds `images` (uint8 {0..255}, N,H,W,C) and maybe `labels` (integer
 - floor: the same of min(n, test size) real test images. The distance is biased upwards, by about 1/n, so `ratio` is the
   distance of as many samples over the floor's. 1: as good as new real images. Below: suspect copies of train images,
   which score 0.5 (digits, mnist) and 0.8 (fashion_mnist) since the classifier has seen them.
+
+stacked_mnist (three digits as the channels of one image, Metz et al. 2017, arXiv:1611.02163, sec. 3.3.1) has figures of its
+own: how many of the 1,000 triples of digits occur, as mnist's classifier sees each channel, and the KL divergence of the
+triples' frequencies from equal ones in nats. 26,000 samples are the custom. Also those of as many real stacked images.
 
 The D=64 features are the last hidden layer, in float32; moments and distances are in float64. The train moments lie
 beside the weights in tools/classifiers/NAME.pt, whose SHA-256 is written below. They were made by
@@ -259,8 +263,28 @@ def evaluate(images, dataset, data_dir="data", labels=None):
     return {**result, "floor": floor}
 
 
+def modes(images, classifier):
+    """images: uint8 (N,28,28,3) -> of 1,000 triples of digits how many occur, and KL(their frequencies | equal), nats."""
+    digits = [predict(features(images[..., c:c + 1], classifier), classifier) for c in range(3)]
+    p = np.bincount(np.array([100, 10, 1]) @ digits, minlength=1000) / len(images)
+    return {"n": len(images), "modes": int((p > 0).sum()), "kl": float((p[p > 0] * np.log(1000 * p[p > 0])).sum())}
+
+
+def evaluate_stacked(images, data_dir="data"):
+    """images: uint8 (N,28,28,3) -> modes(images), and under "floor" those of as many stacks of three random test images."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.shape[1:] != (28, 28, 3) or not len(images):
+        raise ValueError(f"images for stacked_mnist must be uint8 of shape (N,28,28,3), not {images.dtype} of {images.shape}")
+    classifier, test = load_classifier("mnist"), nhwc(load_data("mnist", data_dir).test).numpy()
+    real = test[np.random.RandomState(0).randint(len(test), size=(3, len(images)))]  # (3,N,28,28,1)
+    return {"dataset": "stacked_mnist", **modes(images, classifier), "floor": modes(np.concatenate(real, -1), classifier)}
+
+
 def report(result):
     """The result as a few lines of text."""
+    if result["dataset"] == "stacked_mnist":
+        return "\n".join(f"{name}, n = {row['n']:,}: {row['modes']} of 1000 modes, KL {row['kl']:.4f} nats"
+                         for name, row in (("samples", result), ("floor: real stacks", result["floor"])))
     lines = [f"{result['dataset']} train split; density and coverage: {result['reference_points']:,} images of it"]
     for name, row in (("samples", result), ("floor: real test images", result["floor"])):
         accuracy = row["label_accuracy"]
@@ -303,18 +327,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.error = fail
     parser.add_argument("samples", nargs="?", type=Path, metavar="SAMPLES.npz")
-    parser.add_argument("--dataset", required=True, choices=list(SHAPES))
+    parser.add_argument("--dataset", required=True, choices=[*SHAPES, "stacked_mnist"])
     parser.add_argument("--data-dir", default="data", help="where mnist and fashion_mnist lie or go [data]")
     parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object")
     parser.add_argument("--train-classifier", action="store_true", help="remake tools/classifiers/NAME.pt instead")
     try:
         args = parser.parse_args(argv)
-        if args.train_classifier:
+        if args.train_classifier and args.dataset in SHAPES:
             train_classifier(args.dataset, args.data_dir)
             return 0
         if args.samples is None:
             fail("the following arguments are required: SAMPLES.npz")
         images, labels = read_samples(args.samples)
+        if args.dataset == "stacked_mnist":
+            print((json.dumps if args.json else report)(evaluate_stacked(images, args.data_dir)))
+            return 0
         result = evaluate(images, args.dataset, args.data_dir, labels)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

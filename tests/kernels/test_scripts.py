@@ -10,6 +10,7 @@ import diffusion
 import flow
 import kernels
 import vae
+import vqgan
 
 
 @pytest.fixture
@@ -105,9 +106,10 @@ def test_vae_has_equal_bounds_and_gradients(counted):
 
 
 @pytest.mark.parametrize("fields, ran", [
-    ({"arch": "glow", "dequantize": "variational"}, {"affine_coupling"}),
-    ({"arch": "glow", "coupling": "spline", "bins": 4}, {"affine_coupling", "spline_coupling"}),
-    ({"arch": "tarflow", "n_head": 1, "layers": 1}, {"affine_coupling", "attention"})], ids=str)
+    ({"arch": "glow", "coupling": "affine", "dequantize": "variational"}, {"affine_coupling"}),
+    ({"arch": "glow", "bins": 4}, {"affine_coupling", "spline_coupling"}),
+    ({"arch": "tarflow", "coupling": "affine", "n_head": 1, "layers": 1}, {"affine_coupling", "attention"}),
+    ({"arch": "tarflow", "bins": 4, "n_head": 1, "layers": 1}, {"spline_coupling", "attention"})], ids=str)
 def test_flow_has_equal_densities_and_gradients(fields, ran, counted):
     cfg = flow.choose(flow.Config(width=16, depth=1, **fields), 4, 4)
     torch.manual_seed(0)
@@ -124,6 +126,37 @@ def test_flow_has_equal_densities_and_gradients(fields, ran, counted):
     assert set(counted) == ran
     for a, b in zip(results["torch"], results["triton"], strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("quantizer, ran", [
+    ("vq", {"nearest_code"}), ("simvq", {"nearest_code"}), ("fsq", set())])
+def test_vqgan_has_equal_losses_and_gradients(quantizer, ran, counted):
+    cfg = vqgan.choose(vqgan.Config(quantizer=quantizer, width=16, codes=16, code_dim=4, disc_start=0), 8, 8)
+    torch.manual_seed(0)
+    D, x, results = vqgan.Discriminator(1).to(DEVICE), torch.rand(2, 1, 8, 8, device=DEVICE) * 2 - 1, {}
+    for kernels.mode in ("torch", "triton"):
+        torch.manual_seed(1)
+        model = vqgan.Autoencoder(1, cfg).to(DEVICE, memory_format=torch.channels_last)
+        for p in [*model.encoder.parameters(), *model.decoder.parameters()]:
+            torch.nn.init.normal_(p, std=0.1)
+        loss = vqgan.loss_autoencoder(model, D, x, 0, cfg)[0]
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        results[kernels.mode] = [loss, *grads, *model.buffers()]
+    assert set(counted) - {"group_norm_silu", "attention"} == ran and "group_norm_silu" in counted
+    for a, b in zip(results["torch"], results["triton"], strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1))
+
+
+def test_the_prior_of_vqgan_attends_with_the_kernels(counted):
+    cfg = vqgan.Config(prior_width=16, prior_blocks=1, n_head=1)
+    torch.manual_seed(0)
+    prior, y = vqgan.Prior(7, 2, 3, 3, cfg).to(DEVICE).eval(), torch.tensor([0, 2], device=DEVICE)
+    codes, noise, results = torch.arange(12, device=DEVICE).view(2, 2, 3) % 7, torch.rand(2, 2, 3, device=DEVICE), {}
+    for kernels.mode in ("torch", "triton"):
+        results[kernels.mode] = vqgan.nll(prior, codes, y), vqgan.sample(prior, y, noise, cfg)
+    assert set(counted) == {"attention", "decode_attention"}
+    assert_close(results["torch"][0], results["triton"][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results["torch"][1], results["triton"][1])
 
 
 def test_what_a_kernel_does_not_take_is_one_line(tmp_path, capsys):

@@ -365,8 +365,8 @@ class Step(nn.Module):
         return W * torch.exp(self.log_scale)
 
     def couple(self, x, y, reverse):
-        h = F.relu(self.conv1(x[:, :self.kept]) + self.label(y)[:, :, None, None])
-        return couple(self.kind, x, self.conv3(F.relu(self.conv2(h))), self.kept, reverse)
+        h = self.conv1(x[:, :self.kept]).add_(self.label(y)[:, :, None, None]).relu_()
+        return couple(self.kind, x, self.conv3(self.conv2(h).relu_()), self.kept, reverse)
 
     def forward(self, x, y):
         W = self.matrix()

@@ -91,7 +91,7 @@ class Config:
     stage1: int = 1000  # the first steps train the autoencoder, those after them the transformer over its codes (> 0)
     quantizer: Literal["vq", "fsq", "simvq"] = "vq"  # codebook of moving averages, fixed levels, frozen codebook
     codes: int = 256  # size of the codebook of vq and simvq (> 0)
-    code_dim: int = 16  # numbers a code stands for, of vq and simvq (> 0)
+    code_dim: int = 0  # numbers a code stands for; 0: 16 of vq, 8 of simvq (>= 0)
     levels: tuple[int, ...] = (8, 6, 5)  # fsq: levels of each number, at least 3; their product is the number of codes (> 0)
     beta: float = 0.25  # weight of the commitment to the code (>= 0)
     downsample: int = 0  # pixels a side of a code: 2, 4, 8 or 16; 0: 2 below 16 pixels, 4 up to 64, else 8 (>= 0)
@@ -225,7 +225,7 @@ class SimVQ(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.beta, self.linear = cfg.beta, nn.Linear(cfg.code_dim, cfg.code_dim, bias=False)
-        self.register_buffer("frozen", torch.randn(cfg.codes, cfg.code_dim))
+        self.register_buffer("frozen", torch.randn(cfg.codes, cfg.code_dim) * cfg.code_dim**-0.5)
         nn.init.eye_(self.linear.weight)
 
     def forward(self, z):
@@ -468,6 +468,7 @@ def choose(cfg, H, W):
     """cfg, with what the size of the images decides where nothing was said."""
     side = min(H, W)
     cfg.downsample = cfg.downsample or (2 if side < 16 else 4 if side <= 64 else 8)
+    cfg.code_dim = cfg.code_dim or (8 if cfg.quantizer == "simvq" else 16)
     if cfg.downsample not in (2, 4, 8, 16):
         raise ValueError(f"--downsample {cfg.downsample}: must be 2, 4, 8 or 16")
     if min(cfg.levels) < 3:
@@ -1128,8 +1129,8 @@ def main(argv=None):
         seconds = time.monotonic() - start
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes and cfg.labels else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
-        save_grid(images[:80], run.out / "samples.png", 10)
-        print(f"{len(images)} samples in {seconds:.1f} s, in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
+        save_grid(images[:80], run.out / "samples.png", min(len(images), 10))
+        print(f"{len(images)} samples in {seconds:.2f} s, in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
     if cfg.complete != "no":
         show_completions(ema, prior, data, cfg, run)
 

@@ -10,8 +10,8 @@ import torch
 import flow
 from flow import Config, Flow, choose
 
-KINDS = {"additive": {"arch": "glow", "coupling": "additive"}, "affine": {"arch": "glow"},
-         "spline": {"arch": "glow", "coupling": "spline"}, "affine, recompute": {"arch": "glow", "recompute": True},
+KINDS = {"additive": {"arch": "glow", "coupling": "additive"}, "affine": {"arch": "glow", "coupling": "affine"},
+         "spline": {"arch": "glow"}, "affine, recompute": {"arch": "glow", "coupling": "affine", "recompute": True},
          "tarflow": {"arch": "tarflow"}}
 
 

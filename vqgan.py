@@ -175,12 +175,14 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    def __init__(self, channels, D, widths, blocks):
+    """All but the last convolution, whose weight the adaptive weight asks for: z_q (B,D,h,w) -> (B,width,H/2,W/2)."""
+
+    def __init__(self, D, widths, blocks):
         layers = [nn.Conv2d(D, widths[-1], 3, padding=1), ResBlock(widths[-1]), SelfAttention(widths[-1])]
         for w, upper in zip(widths[::-1], [*widths[-2::-1], None], strict=True):
             layers += [residual(w, blocks)]
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w, upper, 3, padding=1)] if upper else [GroupNormSiLU(w)]
-        super().__init__(*layers, nn.Conv2d(widths[0], 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+        super().__init__(*layers)
 
 
 # A quantizer: z (B,h,w,D) -> z_q of its shape, with z's gradient; indices (B,h,w) int64 in {0..K-1}; its loss, a number
@@ -274,7 +276,7 @@ class Autoencoder(nn.Module):
         self.codes = math.prod(cfg.levels) if cfg.quantizer == "fsq" else cfg.codes
         self.encoder = Encoder(channels, D, widths, cfg.blocks)
         self.quantizer = {"vq": VQ, "fsq": FSQ, "simvq": SimVQ}[cfg.quantizer](cfg)
-        self.decoder = Decoder(channels, D, widths, cfg.blocks)
+        self.decoder, self.last = Decoder(D, widths, cfg.blocks), nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
 
     def encode(self, x):
         """x (B,C,H,W) in [-1,1] -> z (B,h,w,D), at least in float32, whatever the precision of the rest."""
@@ -286,11 +288,11 @@ class Autoencoder(nn.Module):
         z = self.encode(x)
         with torch.autocast(x.device.type, enabled=False):
             z_q, indices, loss = self.quantizer(z)
-        return self.decoder(z_q.permute(0, 3, 1, 2))[..., :x.shape[2], :x.shape[3]], indices, loss
+        return self.decode(z_q)[..., :x.shape[2], :x.shape[3]], indices, loss
 
-    def decode(self, indices):
-        """indices (B,h,w) -> (B,C,h*downsample,w*downsample)."""
-        return self.decoder(self.quantizer.lookup(indices).permute(0, 3, 1, 2))
+    def decode(self, z_q):
+        """z_q (B,h,w,D), quantizer.lookup(indices) for one, -> (B,C,h*downsample,w*downsample)."""
+        return F.pixel_shuffle(self.last(self.decoder(z_q.permute(0, 3, 1, 2))), 2)
 
 
 class Discriminator(nn.Module):
@@ -341,7 +343,7 @@ def loss_autoencoder(model, D, x, step, cfg, lpips=None):
     total = reconstruction + code
     if started:
         terms["adversarial"] = -fake.mean()
-        terms["adaptive"] = adaptive_weight(reconstruction, terms["adversarial"], model.decoder[-2].weight)
+        terms["adaptive"] = adaptive_weight(reconstruction, terms["adversarial"], model.last.weight)
         total = total + cfg.disc_weight * terms["adaptive"] * terms["adversarial"]
     return total, terms, x_hat
 
@@ -547,7 +549,8 @@ def train(nets, data, cfg, run):
     parts = nets | {f"optimizer_{name}": o for name, o in zip(("model", "D", "prior"), optimizers, strict=True)}
     run.begin(parts)
     lpips = load_lpips(run.device) if cfg.perceptual == "lpips" else None
-    fast, fast_prior = (torch.compile(net) if cfg.compile else net for net in (model, prior))
+    for net in (model.encoder, model.decoder, prior) if cfg.compile else ():
+        net.compile()
     codes = None
     for step in run.steps():
         first = step < cfg.stage1
@@ -559,7 +562,7 @@ def train(nets, data, cfg, run):
             x = run.batch(data)[0] / 127.5 - 1
             D.requires_grad_(False)
             with run.autocast():
-                loss, terms, x_hat = loss_autoencoder(fast, D, x, step, cfg, lpips)
+                loss, terms, x_hat = loss_autoencoder(model, D, x, step, cfg, lpips)
             norm = run.update(loss, model, optimizers[0])
             D.requires_grad_(True)
             if step >= cfg.disc_start and cfg.disc_weight:
@@ -573,7 +576,7 @@ def train(nets, data, cfg, run):
                 run.sums.clear()
             batch, y = run.batch(codes)
             with run.autocast():
-                loss = nll(fast_prior, batch, y * cfg.labels).mean() / batch[0].numel()
+                loss = nll(prior, batch, y * cfg.labels).mean() / batch[0].numel()
             terms = {"bits_per_code": loss / math.log(2)}
             norm = run.update(loss, prior, optimizers[2])
             update_ema(ema_prior, prior, since, cfg.ema)
@@ -627,7 +630,7 @@ def generate(ema, prior, n, size, classes, cfg, run):
         noise = torch.rand(len(y), *(-(-n // cfg.downsample) for n in (H, W)), generator=generator).to(run.device)
         codes = sample(prior, y.to(run.device) * cfg.labels, noise, cfg)
         with torch.no_grad():
-            images.append(to_uint8(ema.decode(codes)[..., :H, :W]))
+            images.append(to_uint8(ema.decode(ema.quantizer.lookup(codes))[..., :H, :W]))
     return torch.cat(images), labels
 
 
@@ -643,10 +646,10 @@ def show_completions(ema, prior, data, cfg, run, each=4):
     given = torch.full_like(noise, -1, dtype=torch.long)
     if h and w:
         given[:, :h, :w] = encode(ema, x[known], run).to(run.device).repeat_interleave(each, 0)
-    drawn = to_uint8(ema.decode(sample(prior, y, noise, cfg, given))[..., :size[0], :size[1]])
+    drawn = ema.decode(ema.quantizer.lookup(sample(prior, y, noise, cfg, given)))[..., :size[0], :size[1]]
     half = torch.full_like(x, 128)
     half[known] = x[known]
-    rows = torch.cat([x[:, None], half[:, None], drawn.unflatten(0, (-1, each))], 1)
+    rows = torch.cat([x[:, None], half[:, None], to_uint8(drawn).unflatten(0, (-1, each))], 1)
     save_grid(rows.flatten(0, 1), run.out / "complete.png", 2 * (each + 2))
 
 

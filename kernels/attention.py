@@ -9,7 +9,8 @@ nothing of T x T is ever stored. Beside o only the log-sum-exp of every row is k
 
 Least bytes, n = bytes of q: forward 4n, backward 8n. By design each of the T / BLOCK tiles reads its counterparts again,
 on a GPU from L2: forward moves (2 + 2 tiles) n, dq (4 + 2 tiles) n, dk and dv (4 + 2 tiles) n, with half as many tiles, rounded
-up, under a causal mask; the bias gradient reads 4n for each of the H rows of the image.
+up, under a causal mask; the bias gradient reads 4n for each of the H rows of the image. With a bias each pass besides reads
+an entry of the table for every score, from the table's few kilobytes in the L1 cache.
 
 When not: without a mask and for "causal" PyTorch's own kernels are faster, and mode "auto" takes those; for one new position
 over a cache there is decode_attention (decode_attention.py).

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from . import Spec, accumulator, jit, launching, tl, triton, use_triton
 
-MIN = 1e-3  # the least width and height of a bin, as a share of 2 * tail_bound, and the least derivative
+MIN = 1e-5  # the least width and height of a bin, as a share of 2 * tail_bound, and the least derivative
 END = math.log(math.expm1(1 - MIN))  # what makes a derivative 1, as it is at both tails
 BLOCK = 1024  # elements of an affine program
 CHUNK = 1 << 16  # elements of x that the plain spline takes at once, so that what it computes of them stays in the cache
@@ -387,6 +387,8 @@ def supports(x, params, mask=None, bins=1):
         return False, f"x is {x.dtype}, params are {params.dtype}"
     if params.device != x.device or (mask is not None and mask.device != x.device):
         return False, f"x is on {x.device}, params or the mask elsewhere"
+    if math.prod(params.shape[1:]) >= 2**31:  # offsets in a sample are int32
+        return False, f"params {tuple(params.shape)} have 2^31 elements a sample, or more"
     return bins <= 64, f"{bins} bins, more than 64"
 
 

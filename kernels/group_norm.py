@@ -13,6 +13,8 @@ only statistics move, a few numbers a group and channel. x is all that is saved 
 When not: on the CPU, and under torch.compile where neighbours could be fused into one plain pass.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -317,6 +319,8 @@ def supports(x, groups, weight, bias):
         return False, f"x is {x.dtype}"
     if not weight.device == bias.device == x.device:
         return False, f"x is on {x.device}, weight on {weight.device}, bias on {bias.device}"
+    if math.prod(x.shape[1:]) >= 2**31:  # offsets in a sample, and the size of a group, are int32
+        return False, f"x {tuple(x.shape)} has 2^31 elements a sample, or more"
     return True, ""
 
 

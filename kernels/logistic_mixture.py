@@ -305,6 +305,8 @@ def supports(x, params):
         return False, f"params are {params.dtype}"
     if x.device != params.device:
         return False, f"x is on {x.device}, params on {params.device}"
+    if math.prod(params.shape[1:]) >= 2**31:  # offsets in an image are int32
+        return False, f"params {tuple(params.shape)} have 2^31 elements an image, or more"
     few = params.shape[1] // (3 if x.shape[1] == 1 else 10) <= 64
     return few, "" if few else "there are more than 64 mixtures"
 

@@ -9,10 +9,11 @@ from kernels.attention import attention, attention_reference, attention_torch
 
 CASES = {  # name: (B, n_head, T, head_dim), H, mask, with a bias
     "diffusion, mnist": ((32, 4, 49, 16), 7, None, False),
-    "transformer, mnist, strict": ((8, 4, 784, 32), 28, "strict", False),
-    "transformer, mnist, causal": ((8, 4, 784, 32), 28, "causal", False),
-    "transformer, mnist, bias": ((8, 4, 784, 32), 28, None, True),
-    "transformer, mnist, causal, bias": ((8, 4, 784, 32), 28, "causal", True),
+    "transformer, mnist": ((16, 4, 49, 32), 7, "causal", False),
+    "a position a pixel, strict": ((8, 4, 784, 32), 28, "strict", False),
+    "a position a pixel, causal": ((8, 4, 784, 32), 28, "causal", False),
+    "a position a pixel, bias": ((8, 4, 784, 32), 28, None, True),
+    "a position a pixel, causal, bias": ((8, 4, 784, 32), 28, "causal", True),
     "8x8x1024x64, strict": ((8, 8, 1024, 64), 32, "strict", False),
     "4x8x2048x64, causal, bias": ((4, 8, 2048, 64), 32, "causal", True),
 }

@@ -7,8 +7,8 @@ from bench import DEVICE, IMPLS, PASSES, run
 
 from kernels.bias_act import bias_act, bias_act_reference, bias_act_torch
 
-CASES = {"64x64x14x14": (64, 64, 14, 14), "64x128x7x7": (64, 128, 7, 7), "64x128x32x32": (64, 128, 32, 32),
-         "8x256x64x64": (8, 256, 64, 64)}
+CASES = {"gan, mnist": (64, 32, 14, 14), "64x64x14x14": (64, 64, 14, 14), "64x128x7x7": (64, 128, 7, 7),
+         "64x128x32x32": (64, 128, 32, 32), "8x256x64x64": (8, 256, 64, 64)}
 FORMS = {"reference": bias_act_reference, "plain": bias_act_torch, "triton": bias_act,
          "three steps": lambda x, bias: F.leaky_relu(x + bias.view(-1, 1, 1), 0.2) * 2**0.5}
 TWICE = "forward+backward twice"

@@ -12,7 +12,7 @@ import kernels
 from kernels.vector_quantize import BUFFER, nearest_code, nearest_code_reference, nearest_code_torch
 
 CASES = {  # name: (vectors, codes, dimensions)
-    "vqgan, mnist": (32 * 7 * 7, 512, 64),
+    "vqgan, mnist": (32 * 7 * 7, 256, 16),
     "16384x256x64": (16384, 256, 64),
     "65536x1024x64": (65536, 1024, 64),
     "16384x4096x64": (16384, 4096, 64),

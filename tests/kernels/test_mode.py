@@ -108,3 +108,17 @@ def test_a_device_that_is_not_the_current_one():
     x = torch.randn(2, 4, 3, 3, device="cuda:1")
     y = group_norm_silu(x, 2, torch.ones(4, device="cuda:1"), torch.zeros(4, device="cuda:1"))
     assert y.device == x.device and y.isfinite().all()
+
+
+def test_samples_too_large_for_offsets_in_int32():
+    """Such a call is left to PyTorch in auto, and refused in triton: never silent garbage. Nothing is allocated here."""
+    one, huge = torch.zeros(1), 2**31
+    for name, inputs in {
+        "group_norm": (one.expand(1, 2, huge // 2), 1, one.expand(2), one.expand(2)),
+        "coupling": (one.expand(1, 2), one.expand(1, huge)),
+        "logistic_mixture": (one.expand(1, 1, huge // 4, 2), one.expand(1, 3, huge // 4, 2)),
+        "masked_conv": (one.expand(1, 1, huge // 4, 4), one.expand(1, 1, 3, 3), None),
+        "bias_act": (one.expand(huge, 1), one),
+    }.items():
+        fits, why = importlib.import_module(f"kernels.{name}").supports(*inputs)
+        assert not fits and "2^3" in why, name

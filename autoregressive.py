@@ -1,9 +1,9 @@
 """Autoregressive models: p(x) = prod_i p(x_i | x_1 ... x_i-1), the likelihood exact, each factor a small softmax or mixture.
 
 The weakness: a sample takes one pass of the network a pixel, and there are many pixels. The remedies shown here: caches, so
-that a pixel costs a pixel's work and not an image's; fixed-point (Jacobi) sampling, which guesses all pixels at once and
-repeats until nothing changes; and patches, which make one position of patch x patch pixels, modelled in turn by a small
-head. All three draw exactly the sample that the slow way draws from the same noise, and the likelihood stays exact.
+that a pixel costs a pixel's work and not an image's; and fixed-point (Jacobi) sampling, which guesses all pixels at once and
+repeats until nothing changes. Both draw exactly the sample that the slow way draws from the same noise. Besides, a position
+may be a patch of patch x patch pixels, which a small head models one after the other: the likelihood stays exact.
 
 Papers: MADE (Germain 2015), PixelCNN (van den Oord 2016a), gated PixelCNN (van den Oord 2016b), PixelCNN++ (Salimans 2017),
 decoder-only transformers on pixels (Child 2019), caches (Ramachandran 2017), fixed-point sampling (Song 2021).
@@ -237,7 +237,7 @@ class Autoregressive(nn.Module):
         super().__init__()
         trunks = {"pixelcnn": MaskedPixelCNN if cfg.mask_only else GatedPixelCNN, "transformer": Transformer, "made": MADE}
         self.levels, outputs = {"bernoulli": (2, 1), "softmax": (256, 256), "mixture": (256, 3 * cfg.mixtures)}[cfg.output]
-        self.trunk = trunks[cfg.arch](channels, H, W, classes if cfg.labels else 0, cfg)
+        self.trunk = trunks[cfg.arch](channels, H, W, classes, cfg)
         self.head = Head(self.trunk.features, channels, outputs, self.levels)
 
     def scale(self, x):
@@ -245,7 +245,7 @@ class Autoregressive(nn.Module):
 
     def forward(self, x, y):
         scaled = self.scale(x).to(self.head.out.weight.dtype, memory_format=torch.channels_last)
-        return self.head(self.trunk(scaled, y), x)
+        return self.head(self.trunk(scaled, y), x).to(scaled.dtype)  # at least float32, whatever --amp
 
 
 # ---- the maths
@@ -269,8 +269,7 @@ def log_prob(params, x, output):
         return F.logsigmoid((2 * x - 1) * params[:, :, 0])
     if output == "softmax":
         return torch.log_softmax(params, 2).gather(2, x[:, :, None])[:, :, 0]
-    B = len(x)
-    return logistic_mixture(x.flatten(0, 1)[:, None].float(), params.flatten(0, 1)).unflatten(0, (B, -1))
+    return logistic_mixture(x.flatten(0, 1)[:, None].float(), params.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def draw(params, u, output, temperature=1.0):
@@ -356,13 +355,14 @@ class MaskedPixelCNN(nn.Module):
 
 
 class MADE(nn.Module):
-    """A masked multilayer perceptron: a unit of degree m sees positions up to m, the output of position t units below t."""
+    """A masked multilayer perceptron: a unit of degree m sees positions up to m (of degree -1 the label alone), the output
+    of position t units of degree below t."""
 
     def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
         T, n = H * W, cfg.hidden
         self.features, self.label = cfg.width, nn.Embedding(max(classes, 1), n)
-        position, degree = torch.arange(T), torch.arange(n) * max(T - 1, 1) // n  # of inputs and outputs, of hidden units
+        position, degree = torch.arange(T), torch.arange(n) * T // n - 1  # of inputs and outputs, of hidden units
         self.layers = nn.ModuleList(nn.Linear(n if i else T * channels, n) for i in range(cfg.blocks))
         self.out, self.dropout = nn.Linear(n, T * self.features), nn.Dropout(cfg.dropout)
         masks = {"mask_in": degree[:, None] >= position.repeat_interleave(channels),
@@ -370,7 +370,7 @@ class MADE(nn.Module):
                  "mask_out": position.repeat_interleave(self.features)[:, None] > degree}
         for name, mask in masks.items():
             self.register_buffer(name, mask.float(), persistent=False)
-        self.ends = torch.searchsorted(degree, position, right=True).tolist()  # number of units of degree up to t
+        self.ends = torch.searchsorted(degree, position).tolist()  # number of units that the output of t sees
 
     def weights(self):
         masks = [self.mask_in, *[self.mask_hidden] * (len(self.layers) - 1)]
@@ -481,11 +481,10 @@ class UnitCache:
 
     def step(self, x, i, j):
         t, ends, h = i * x.shape[3] + j, self.trunk.ends, x.flatten(2).transpose(1, 2).flatten(1)
-        if t > 0:
-            new = slice(ends[t - 2] if t > 1 else 0, ends[t - 1])  # the units of degree t - 1
-            for weight, bias, units in zip(self.weights, self.biases, self.units, strict=True):
-                units[:, new] = F.relu(torch.addmm(bias[:, new], h, weight[new].T))
-                h = units
+        new = slice(ends[t - 1] if t else 0, ends[t])  # the units of degree t - 1
+        for weight, bias, units in zip(self.weights, self.biases, self.units, strict=True):
+            units[:, new] = F.relu(torch.addmm(bias[:, new], h, weight[new].T))
+            h = units
         out = slice(t * self.trunk.features, (t + 1) * self.trunk.features)
         return F.linear(self.units[-1], self.out[out], self.trunk.out.bias[out])
 
@@ -564,14 +563,13 @@ def train(model, ema, data, cfg, run):
         x, y = run.batch(data)
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         with run.autocast():
-            nats = -log_likelihood(net, to_levels(x, cfg), y * cfg.labels, cfg).mean()
+            nats = -log_likelihood(net, to_levels(x, cfg), y, cfg).mean()
         norm = run.update(nats / x[0].numel(), model, optimizer)
         update_ema(ema, model, step, cfg.ema)
         run.log(loss=nats / x[0].numel(), nats=nats, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            images, *_ = generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)
-            save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
+            run.show(generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)[0])
     run.save(parts)
     run.check()
 
@@ -579,19 +577,18 @@ def train(model, ema, data, cfg, run):
 @torch.no_grad()
 def evaluate(ema, data, cfg, run):
     """-log p(x) over the whole test split, which is binarised once; exact: with labels, p(x) = sum_y p(y) p(x | y)."""
-    classes = data.classes if cfg.labels else 0
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
     total, given = 0.0, 0.0
     for x, y in zip(test.split(BATCH), data.test_labels.split(BATCH), strict=True):
         logs = []
-        for label in range(max(classes, 1)):
+        for label in range(max(data.classes, 1)):
             run.check()
-            logs.append(log_likelihood(ema, x.to(run.device), torch.full_like(y, label).to(run.device), cfg).double().cpu())
+            logs.append(log_likelihood(ema, x.to(run.device), torch.full_like(y, label).to(run.device), cfg).cpu().double())
         total -= (torch.logsumexp(torch.stack(logs), 0) - math.log(len(logs))).sum().item()
-        given -= torch.stack(logs).gather(0, y[None] if classes else torch.zeros_like(y)[None]).sum().item()
+        given -= torch.stack(logs).gather(0, y[None]).sum().item()
     n, dims = len(data.test), data.test[0].numel()
     metrics = {"test_nats": total / n, "test_bpd": total / n / dims / math.log(2)}
-    return metrics | ({"test_nats_given_label": given / n} if classes else {})
+    return metrics | ({"test_nats_given_label": given / n} if data.classes else {})
 
 
 def generate(ema, n, shape, classes, cfg, run):
@@ -602,7 +599,7 @@ def generate(ema, n, shape, classes, cfg, run):
     for y in labels.split(BATCH):
         run.check()
         noise = torch.rand(len(y), *shape, generator=generator).to(run.device)
-        levels, used = sample(ema, y.to(run.device) * cfg.labels, noise, cfg)
+        levels, used = sample(ema, y.to(run.device), noise, cfg)
         images.append(to_uint8(levels, cfg))
         passes = max(passes, used)
     return torch.cat(images), labels, passes
@@ -618,7 +615,7 @@ def show_completions(ema, data, cfg, run, each=4):
     given, half = torch.full_like(x, -1), torch.full_like(data.test[:16], 128)
     given[known] = x[known]
     half[known] = to_uint8(x, cfg)[known]
-    y, given = (y * cfg.labels).repeat_interleave(each), given.repeat_interleave(each, 0)
+    y, given = y.repeat_interleave(each), given.repeat_interleave(each, 0)
     drawn, _ = sample(ema, y, torch.rand(given.shape, generator=generator).to(run.device), cfg, given)
     rows = torch.cat([to_uint8(x, cfg)[:, None], half[:, None], to_uint8(drawn, cfg).unflatten(0, (-1, each))], 1)
     save_grid(rows.flatten(0, 1), run.out / "complete.png", 2 * (each + 2))
@@ -628,6 +625,7 @@ def show_completions(ema, data, cfg, run, each=4):
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -719,9 +717,7 @@ def load_folder(root, size):
     """
     Image.init()
     paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    folders, images, labels, broken = sorted({p.parent for p in paths}), [], [], []
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    images, parents, broken = [], [], []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -730,18 +726,23 @@ def load_folder(root, size):
                 if "A" in image.getbands() or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-                labels.append(folders.index(path.parent))
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                images.append(ImageOps.fit(image, (size, size)) if size else image)
+                parents.append(path.parent)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
         fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
+    folders = sorted(set(parents))
+    if root in folders[:-1]:
+        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    target = collections.Counter(image.size for image in images).most_common(1)[0][0]
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
-    x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
+    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
+    y = torch.tensor([folders.index(parent) for parent in parents])
     return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
@@ -891,7 +892,6 @@ class Run:
             fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
         self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
         self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
 
     def load(self):
@@ -901,7 +901,7 @@ class Run:
             fail(f"--out {self.out}: there is no checkpoint.pt in it")
         except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
             fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"config", "step", "facts"} <= saved.keys():
+        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
@@ -917,8 +917,10 @@ class Run:
 
     def restore(self, parts):
         """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name in parts.keys() & self.saved.keys():
-            parts[name].load_state_dict(self.saved[name])
+        for name, part in parts.items() if self.saved else ():
+            if name not in self.saved:
+                fail(f"{self.path}: holds no {name}")
+            part.load_state_dict(self.saved[name])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -979,7 +981,8 @@ class Run:
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
     def update(self, loss, model, optimizer, max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
@@ -994,7 +997,7 @@ class Run:
                 grad.copy_(mean.view_as(grad))
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
-        if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
+        if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
                  "checkpoint, a smaller --lr may help", 1)
@@ -1014,9 +1017,12 @@ class Run:
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
-        """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
-        path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
+        path, lines = self.out / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
@@ -1026,10 +1032,17 @@ class Run:
             except OSError as e:
                 fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
 
+    def show(self, images):
+        """The newest grid: samples.png, and samples/ under its step."""
+        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
+            save_grid(images, self.out / name, 10)
+
     def curves(self):
         """Every metric against the step, as curves.png."""
         from matplotlib.figure import Figure
 
+        if self.rank > 0:
+            return
         lines = self.read_metrics()
         names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
@@ -1066,9 +1079,13 @@ def main(argv=None):
     run = Run(cfg, given, FREE)
     if cfg.mode != "sample" or cfg.complete != "no":
         data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
+        if not cfg.labels:
+            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, classes=0)
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
     choose(cfg, H, W)
+    if cfg.mask_only and cfg.arch != "pixelcnn":
+        fail("--mask-only: is of --arch pixelcnn")
     if cfg.kernel < 3 or cfg.kernel % 2 == 0:
         fail(f"--kernel {cfg.kernel}: must be odd and at least 3")
     if cfg.label is not None and cfg.label >= classes:
@@ -1097,7 +1114,7 @@ def main(argv=None):
         start = time.monotonic()
         images, labels, passes = generate(ema, cfg.num_samples, (C, H, W), classes, cfg, run)
         seconds = time.monotonic() - start
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes and cfg.labels else {})
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", 10)
         unit = "steps" if cfg.sampler == "cached" else "passes"
@@ -1105,6 +1122,7 @@ def main(argv=None):
               f"in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
     if cfg.complete != "no":
         show_completions(ema, data, cfg, run)
+    run.check()
 
 
 if __name__ == "__main__":

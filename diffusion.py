@@ -104,7 +104,7 @@ FREE = """mode data_dir steps minutes device amp compile kernels out resume over
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t at dim/2 frequencies. t (B,) in [0,1] -> (B, dim)."""
+    """Sines and cosines of t at dim/2 frequencies, dim even. t (B,) in [0,1] -> (B, dim)."""
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -167,7 +167,7 @@ class UNet(nn.Module):
             raise ValueError(f"--n-head {cfg.n_head} does not divide the {widths[-1]} channels of the lowest level")
         c_cond, self.classes, self.patch = 4 * cfg.width, classes, patch
         self.multiple = patch * 2 ** (len(widths) - 1)
-        self.time = nn.Sequential(nn.Linear(cfg.width, c_cond), nn.SiLU(), nn.Linear(c_cond, c_cond))
+        self.time = nn.Sequential(nn.Linear(2 * -(-cfg.width // 2), c_cond), nn.SiLU(), nn.Linear(c_cond, c_cond))
         self.label = nn.Embedding(classes + 1, c_cond) if classes else None
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -430,8 +430,7 @@ def train(model, ema, data, cfg, run):
         run.log(loss=batch_loss, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            images, _ = generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)
-            save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
+            run.show(generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)[0])
     run.save(parts)
     run.check()
 
@@ -463,12 +462,12 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
 
 
-def show_edits(ema, data, cfg, run):
+def show_edits(ema, data, mask, cfg, run):
     """inpaint.png: pairs of the given pixels and the completed image; interpolate.png: a row a pair of test images."""
     generator = torch.Generator().manual_seed(cfg.seed)
     x, y = data.test[:40].to(run.device) / 127.5 - 1, data.test_labels[:40].to(run.device) if data.classes else None
-    if cfg.inpaint:
-        mask = read_mask(cfg.inpaint, *x.shape[-2:]).to(x)
+    if mask is not None:
+        mask = mask.to(x)
         pairs = torch.stack([x * mask - (1 - mask), inpaint(ema, x, mask, y, cfg, generator)], 1)
         save_grid(to_uint8(pairs.flatten(0, 1)), run.out / "inpaint.png", 10)
     if cfg.interpolate:
@@ -493,6 +492,7 @@ def read_mask(name, H, W):
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -584,9 +584,7 @@ def load_folder(root, size):
     """
     Image.init()
     paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    folders, images, labels, broken = sorted({p.parent for p in paths}), [], [], []
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    images, parents, broken = [], [], []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -595,18 +593,23 @@ def load_folder(root, size):
                 if "A" in image.getbands() or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-                labels.append(folders.index(path.parent))
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                images.append(ImageOps.fit(image, (size, size)) if size else image)
+                parents.append(path.parent)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
         fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
+    folders = sorted(set(parents))
+    if root in folders[:-1]:
+        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    target = collections.Counter(image.size for image in images).most_common(1)[0][0]
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
-    x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
+    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
+    y = torch.tensor([folders.index(parent) for parent in parents])
     return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
@@ -756,7 +759,6 @@ class Run:
             fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
         self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
         self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
 
     def load(self):
@@ -766,7 +768,7 @@ class Run:
             fail(f"--out {self.out}: there is no checkpoint.pt in it")
         except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
             fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"config", "step", "facts"} <= saved.keys():
+        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
@@ -782,8 +784,10 @@ class Run:
 
     def restore(self, parts):
         """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name in parts.keys() & self.saved.keys():
-            parts[name].load_state_dict(self.saved[name])
+        for name, part in parts.items() if self.saved else ():
+            if name not in self.saved:
+                fail(f"{self.path}: holds no {name}")
+            part.load_state_dict(self.saved[name])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -844,7 +848,8 @@ class Run:
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
     def update(self, loss, model, optimizer, max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
@@ -859,7 +864,7 @@ class Run:
                 grad.copy_(mean.view_as(grad))
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
-        if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
+        if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
                  "checkpoint, a smaller --lr may help", 1)
@@ -879,9 +884,12 @@ class Run:
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
-        """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
-        path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
+        path, lines = self.out / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
@@ -891,10 +899,17 @@ class Run:
             except OSError as e:
                 fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
 
+    def show(self, images):
+        """The newest grid: samples.png, and samples/ under its step."""
+        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
+            save_grid(images, self.out / name, 10)
+
     def curves(self):
         """Every metric against the step, as curves.png."""
         from matplotlib.figure import Figure
 
+        if self.rank > 0:
+            return
         lines = self.read_metrics()
         names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
@@ -935,6 +950,7 @@ def main(argv=None):
     shape, classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
         fail(f"--label {cfg.label}: the data has {classes} classes")
+    mask = read_mask(cfg.inpaint, *shape[1:]) if cfg.inpaint else None
     torch.manual_seed(cfg.seed)
     try:
         model = UNet(shape[0], classes, cfg.patch or (1 if min(shape[1:]) < 16 else 2), cfg)
@@ -962,7 +978,8 @@ def main(argv=None):
         save_grid(images[:80], run.out / "samples.png", 10)
         print(f"{len(images)} samples in {run.out / 'samples.npz'}, the first of them in {run.out / 'samples.png'}")
     if cfg.inpaint or cfg.interpolate:
-        show_edits(ema, data, cfg, run)
+        show_edits(ema, data, mask, cfg, run)
+    run.check()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 The weakness: every step must be invertible, with a determinant that costs little, so each step does little. The classical
 answer are couplings, which leave half of the dimensions as they are and transform the other half by what the first half
-says: adding (NICE), scaling too (RealNVP, Glow), or by a monotonic spline. The modern one is autoregressive: every position
-is scaled and shifted by what a causal transformer makes of those before it (TarFlow), with all its power in one direction;
-the other direction, one position after another, is made fast by caches or by fixed-point (Jacobi) iteration.
+says: adding (NICE), scaling too (RealNVP, Glow), or by a monotonic spline. The modern one is autoregressive: every number
+is transformed as a causal transformer says that has seen those before it (TarFlow), with all its power in one direction; the
+other direction, one position after another, is made fast by caches or by fixed-point (Jacobi) iteration.
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma and Dhariwal 2018), Flow++ (Ho 2019), neural spline flows (Durkan
 2019), invertible backward (Gomez 2017), TarFlow (Zhai 2024), fixed-point inversion (Song 2021).
@@ -19,7 +19,7 @@ Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma and Dhariwal 2018), 
   python flow.py                                                            # digits
   python flow.py --dataset mnist --minutes 10                               # MNIST on two CPU cores
   python flow.py --dataset mnist --arch glow --coupling spline --compare fashion_mnist
-Results: docs/flow.md
+The second takes ten minutes. All results: docs/flow.md
 """
 
 import copy
@@ -49,7 +49,7 @@ except ImportError:
 
     def spline_coupling(x, params, tail_bound=3.0, reverse=False):  # Durkan 2019, eqs. 4 to 8
         p = params.unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B, C, H, W, 3K - 1)
-        K, m, T = (p.shape[-1] + 1) // 3, 1e-3, tail_bound
+        K, m, T = (p.shape[-1] + 1) // 3, 1e-5, tail_bound
         w, h = (2 * T * (m + (1 - m * K) * torch.softmax(a, -1)) for a in (p[..., :K], p[..., K:2 * K]))
         xs, ys = (F.pad(torch.cumsum(a, -1), (1, 0)) - T for a in (w, h))
         d = m + F.softplus(F.pad(p[..., 2 * K:], (1, 1), value=math.log(math.expm1(1 - m))))
@@ -106,7 +106,7 @@ class Config:
     # the model
     arch: Literal["tarflow", "glow"] = "tarflow"  # transformer autoregressive flow, or multi-scale couplings
     coupling: Literal["additive", "affine", "spline"] = "spline"  # what a coupling does (NICE, RealNVP, spline flow)
-    scales: int = 0  # glow: how often the image is halved; 0: as often as both sides are even, at most 3 (>= 0)
+    scales: int = 0  # glow: how often the image is halved; 0: as often as both sides are even, 1 to 3 times (>= 0)
     depth: int = 0  # steps a scale of glow, blocks of tarflow; 0: 8 and 2 (>= 0)
     width: int = 0  # channels of the networks; 0: 64 for glow, 128 for tarflow (>= 0)
     bins: int = 8  # bins of a spline (> 0)
@@ -184,13 +184,18 @@ class Head(nn.Module):
         hidden = F.relu(self.from_h(h) + F.linear(x, self.from_x.weight * self.before)).unflatten(2, (D, -1))
         return self.out(h).unflatten(2, (D, -1)) + torch.einsum("btdi,dio->btdo", hidden, self.to_out)
 
-
-BOUND = 4.0  # tarflow's splines transform [-4,4], which the data is scaled to fill, and 6 of 100,000 draws of noise leave
+    def next(self, h, x):
+        """The same for the number that comes after x (B,T,d) alone, (B,T,1,each)."""
+        d, (_, hidden, each) = x.shape[2], self.to_out.shape
+        i, o = slice(d * hidden, (d + 1) * hidden), slice(d * each, (d + 1) * each)
+        from_h = F.linear(h, self.from_h.weight[i], self.from_h.bias[i])
+        hidden = F.relu(from_h + F.linear(x, self.from_x.weight[i, :d]))
+        return (F.linear(h, self.out.weight[o], self.out.bias[o]) + hidden @ self.to_out[d])[:, :, None]
 
 
 class TarBlock(nn.Module):
-    """z_i = x_i exp(s_i) + m_i, where s_i and m_i are of the numbers before i: of the positions before i's through a causal
-    transformer, of those in i's own position through the head. x (B,T,D) -> the same."""
+    """z_i = f(x_i; p_i), f a spline or, as in TarFlow, x_i exp(s_i) + m_i, where p_i is of the numbers before i: of earlier
+    positions through a causal transformer, of those in i's own position through the head. x (B,T,D) -> the same."""
 
     def __init__(self, T, D, classes, cfg):
         super().__init__()
@@ -200,44 +205,67 @@ class TarBlock(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(w, cfg.n_head) for _ in range(cfg.layers))
         self.kind, self.norm, self.head = cfg.coupling, nn.LayerNorm(w), Head(w, D, each(cfg))
 
-    def couple(self, x, h, given, reverse=False):
-        """h (B,T,width) are the features of x's positions, given (B,T,D) is what the head sees."""
-        params = self.head(self.norm(h), given).permute(0, 3, 2, 1)  # (B,each,D,T)
+    def couple(self, x, params, reverse=False):
+        """x (B,T,d), all numbers of each position or one of them, params (B,T,d,each)."""
+        params = params.permute(0, 3, 2, 1)  # (B,each,d,T)
         params = params.transpose(1, 2) if self.kind == "spline" else params
-        y, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0, bound=BOUND)
+        y, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0, bound=1.0)
         return y.transpose(1, 2), log_det
 
     def features(self, x, y):
         h = torch.cat([self.start(y)[:, None], self.embed(x[:, :-1])], 1) + self.place
         for layer in self.layers:
             h = layer(h, lambda q, k, v: attention(q, k, v, "causal"))
-        return h
+        return self.norm(h)
 
     def forward(self, x, y):
-        return self.couple(x, self.features(x, y), x)
+        return self.couple(x, self.head(self.features(x, y), x))
+
+    def solve(self, z, h):
+        """x from z, number by number, where h (B,T,width) are the features of x's positions."""
+        x = z[:, :, :0]
+        for number in z.split(1, 2):
+            x = torch.cat([x, self.couple(number, self.head.next(h, x), reverse=True)[0]], 2)
+        return x
 
     def inverse(self, z, y, how):
-        """x from z, and the passes it took. Fixed point: the first n numbers are right after n passes, so it ends."""
+        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends."""
         if how == "jacobi":
             x = z
             for passes in count(1):
-                last, x = x, self.couple(z, self.features(x, y), x, reverse=True)[0]
-                if passes == z[0].numel() or (x - last).abs().max() < 1e-5:
+                last, x = x, self.solve(z, self.features(x, y))
+                if passes == z.shape[1] or (x - last).abs().max() < 1e-5:
                     return x, passes
-        B, T, D = z.shape
+        B, T, _ = z.shape
         n_head, x, token = self.layers[0].n_head, torch.zeros_like(z), self.start(y)
         kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
         for t in range(T):
-            h, here = (token + self.place[t])[:, None], slice(t, t + 1)
+            h = (token + self.place[t])[:, None]
             for layer, (keys, values) in zip(self.layers, kept, strict=True):
                 def attend(q, k, v, keys=keys, values=values, t=t):
                     keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
                     return decode_attention(q, keys, values, t + 1)
                 h = layer(h, attend)
-            for d in range(D):
-                x[:, t, d] = self.couple(z[:, here], h, x[:, here], reverse=True)[0][:, 0, d]
+            x[:, t:t + 1] = self.solve(z[:, t:t + 1], self.norm(h))
             token = self.embed(x[:, t])
         return x, T
+
+
+EDGE = 5.0  # deviations; from there on the curve is a straight line, so that it is one of all numbers to all
+
+
+def to_normal(u):
+    """Numbers (B,T,D) uniform in [-1,1] to standard normal ones, and log |det|."""
+    edge = math.erf(EDGE / math.sqrt(2))
+    inside = u.clamp(-edge, edge)
+    z = math.sqrt(2) * torch.erfinv(inside)
+    log_slope = 0.5 * math.log(math.pi / 2) + z**2 / 2
+    return z + (u - inside) * torch.exp(log_slope), log_slope.flatten(1).sum(1)
+
+
+def from_normal(z):
+    inside = z.clamp(-EDGE, EDGE)
+    return torch.erf(inside / math.sqrt(2)) + (z - inside) * math.sqrt(2 / math.pi) * math.exp(-EDGE**2 / 2)
 
 
 class TarFlow(nn.Module):
@@ -246,7 +274,8 @@ class TarFlow(nn.Module):
     def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
         self.patch, self.size, D = cfg.patch, (H, W), channels * cfg.patch**2
-        self.scale, T = BOUND if cfg.coupling == "spline" else 1.0, H * W // cfg.patch**2
+        self.spline, T = cfg.coupling == "spline", H * W // cfg.patch**2
+        self.scale = 1 / (1 + 8 * cfg.noise) if self.spline else 1.0  # splines transform [-1,1] alone
         self.blocks, self.noise_shapes = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.depth)), [(T, D)]
 
     def forward(self, x, y):
@@ -254,10 +283,14 @@ class TarFlow(nn.Module):
         for block in self.blocks:
             z, log_det = block(z, y)
             z, total = z.flip(1, 2), total + log_det
+        if self.spline:
+            z, log_det = to_normal(z)
+            total = total + log_det
         return [z], total
 
     def inverse(self, eps, y, how):
         (x,), passes = eps, 0
+        x = from_normal(x) if self.spline else x
         for block in reversed(self.blocks):
             x, used = block.inverse(x.flip(1, 2), y, how)
             passes += used
@@ -266,33 +299,11 @@ class TarFlow(nn.Module):
         return F.pixel_shuffle(x, self.patch), passes
 
 
-class Dequantizer(nn.Module):
-    """Draws u ~ q(u | x) in (0,1): noise, four affine couplings over the black and the white squares in turn, a sigmoid."""
-
-    def __init__(self, channels, width=32):
-        super().__init__()
-        self.nets = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(2 * channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
-            zero(nn.Conv2d(width, 2 * channels, 3, padding=1))) for _ in range(4))
-
-    def forward(self, x):
-        """x (B,C,H,W) in [-1,1] -> u of its shape, and log q(u | x), (B,)."""
-        h = torch.randn_like(x)
-        log_q = log_normal([h])
-        black = (torch.arange(x.shape[2], device=x.device)[:, None] + torch.arange(x.shape[3], device=x.device)) % 2
-        for i, net in enumerate(self.nets):
-            mask = black if i % 2 else 1 - black  # where it is 1, h stays
-            h, log_det = affine_coupling(h, net(torch.cat([x, h * mask], 1)), mask)
-            log_q = log_q - log_det
-        return torch.sigmoid(h), log_q - (F.logsigmoid(h) + F.logsigmoid(-h)).sum((1, 2, 3))
-
-
 class Flow(nn.Module):
     """f, and the noise that is added to 8-bit levels before it."""
 
     def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
-        classes = classes if cfg.labels else 0
         self.f = (Glow if cfg.arch == "glow" else TarFlow)(channels, H, W, classes, cfg)
         self.dequantizer = Dequantizer(channels) if cfg.dequantize == "variational" else None
 
@@ -339,6 +350,30 @@ def denoise(model, v, y, deviation):
     return v.detach() + deviation**2 * score
 
 
+# ---- noise that is learned
+
+
+class Dequantizer(nn.Module):
+    """Draws u ~ q(u | x) in (0,1): noise, four affine couplings over the black and the white squares in turn, a sigmoid."""
+
+    def __init__(self, channels, width=32):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(2 * channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+            zero(nn.Conv2d(width, 2 * channels, 3, padding=1))) for _ in range(4))
+
+    def forward(self, x):
+        """x (B,C,H,W) in [-1,1] -> u of its shape, and log q(u | x), (B,)."""
+        h = torch.randn_like(x)
+        log_q = log_normal([h])
+        black = (torch.arange(x.shape[2], device=x.device)[:, None] + torch.arange(x.shape[3], device=x.device)) % 2
+        for i, net in enumerate(self.nets):
+            mask = black if i % 2 else 1 - black  # where it is 1, h stays
+            h, log_det = affine_coupling(h, net(torch.cat([x, h * mask], 1)), mask)
+            log_q = log_q - log_det
+        return torch.sigmoid(h), log_q - (F.logsigmoid(h) + F.logsigmoid(-h)).sum((1, 2, 3))
+
+
 # ---- the classical flow: couplings at several scales
 
 
@@ -379,18 +414,23 @@ class Step(nn.Module):
         return F.conv2d(z, torch.linalg.inv(W)[:, :, None, None], -self.shift)
 
 
+def through(x, y, steps):
+    total = x.new_zeros(len(x))
+    for step in steps:
+        x, log_det = step(x, y)
+        total = total + log_det
+    return x, total
+
+
 class Recompute(torch.autograd.Function):
     """Steps of which only the output is kept: backward inverts them one by one, and repeats each with gradients."""
 
     @staticmethod
     def forward(ctx, x, y, steps, *parameters):
-        total = 0
-        for step in steps:
-            x, log_det = step(x, y)
-            total = total + log_det
+        x, total = through(x, y, steps)
         ctx.steps = steps
         ctx.save_for_backward(x, y)
-        return x, total.expand(len(x)).clone()
+        return x, total
 
     @staticmethod
     def backward(ctx, dx, d_total):
@@ -452,13 +492,10 @@ class Glow(nn.Module):
                 e, log_det = scale[name](edge, None, y)
                 eps, total = [*eps, e], total + log_det
             x = F.pixel_unshuffle(x[:, :, :H, :W], 2)
-            if self.recompute and torch.is_grad_enabled():
-                x, log_det = Recompute.apply(x, y, scale["steps"], *scale["steps"].parameters())
-                total = total + log_det
-            else:
-                for step in scale["steps"]:
-                    x, log_det = step(x, y)
-                    total = total + log_det
+            steps = scale["steps"]
+            recompute = self.recompute and torch.is_grad_enabled() and steps[0].L.requires_grad
+            x, log_det = Recompute.apply(x, y, steps, *steps.parameters()) if recompute else through(x, y, steps)
+            total = total + log_det
             if "split" in scale:
                 x, z = x.chunk(2, 1)
                 e, log_det = scale["split"](z, x, y)
@@ -513,6 +550,8 @@ def choose(cfg, H, W):
         raise ValueError(f"--patch {cfg.patch}: does not divide {H} x {W} pixels")
     if glow and min(H, W) < 2**cfg.scales:
         raise ValueError(f"--scales {cfg.scales}: {H} x {W} pixels cannot be halved so often")
+    if cfg.recompute and cfg.amp != "off":
+        raise ValueError(f"--recompute: not with --amp {cfg.amp}, in which a step's inverse does not give back its input")
     if not glow and cfg.width % cfg.n_head:
         raise ValueError(f"--n-head {cfg.n_head}: does not divide --width {cfg.width}")
     return cfg
@@ -542,14 +581,13 @@ def train(model, ema, data, cfg, run):
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         with run.autocast():
             v, log_q = dequantize(model, x)
-            loss = -objective(model, v + cfg.noise * torch.randn_like(v), log_q, y * cfg.labels).mean() / dims
+            loss = -objective(model, v + cfg.noise * torch.randn_like(v), log_q, y).mean() / dims
         norm = run.update(loss, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
         run.log(loss=loss, bpd=loss / math.log(2), grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            images, *_ = generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)
-            save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
+            run.show(generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)[0])
     run.save(parts)
     run.check()
 
@@ -562,22 +600,26 @@ def bits_per_dim(model, images, classes, cfg, run):
     for x in images.split(BATCH):
         v, log_q = dequantize(model, x.to(run.device), generator)
         v, logs = v + cfg.noise * torch.randn_like(v), []
-        for label in range(max(classes * cfg.labels, 1)):
+        for label in range(max(classes, 1)):
             run.check()
             y = torch.full((len(x),), label, device=run.device)
-            logs.append(log_likelihood(model, v, log_q, y).double().cpu())
+            logs.append(log_likelihood(model, v, log_q, y).cpu().double())
         bits.append((math.log(len(logs)) - torch.logsumexp(torch.stack(logs), 0)) / x[0].numel() / math.log(2))
     return torch.cat(bits)
 
 
 def evaluate(ema, data, other, cfg, run):
-    """Bits per dimension of the whole test split; of other images too, and likelihoods.png, where --compare names a set."""
+    """Bits per dimension of the whole test split; of other images too, and likelihoods.png, where --compare names a set.
+
+    Those of each image go to likelihoods.npz, an array a data set.
+    """
     bits = {cfg.dataset: bits_per_dim(ema, data.test, data.classes, cfg, run)}
     metrics = {"test_bpd": bits[cfg.dataset].mean().item()}
     if other is not None:
         bits[cfg.compare] = bits_per_dim(ema, other, data.classes, cfg, run)
         metrics["compare_bpd"] = bits[cfg.compare].mean().item()
         show_likelihoods(bits, run.out / "likelihoods.png")
+    write(run.out / "likelihoods.npz", lambda f: np.savez_compressed(f, **{Path(k).name: v.numpy() for k, v in bits.items()}))
     return metrics
 
 
@@ -603,19 +645,19 @@ def generate(ema, n, shape, classes, cfg, run):
     for y in labels.split(BATCH):
         run.check()
         eps = [torch.randn(len(y), *s, generator=generator).to(run.device) for s in ema.f.noise_shapes]
-        v, used = sample(ema, eps, y.to(run.device) * cfg.labels, cfg)
-        images.append(to_uint8(denoise(ema, v, y.to(run.device) * cfg.labels, cfg.noise) if cfg.noise else v))
+        v, used = sample(ema, eps, y.to(run.device), cfg)
+        images.append(to_uint8(denoise(ema, v, y.to(run.device), cfg.noise) if cfg.noise else v))
         passes = max(passes, used)
     return torch.cat(images), labels, passes
 
 
 @torch.no_grad()
 def show_interpolations(ema, data, cfg, run):
-    """interpolations.png: a row a pair of test images, on a line between their noise, all with the first one's label."""
-    y = data.test_labels[:10].to(run.device) * cfg.labels
+    """interpolations.png: a row a pair of test images, on a line between their noise under the first one's label."""
+    y = data.test_labels[:10].to(run.device)
     v, _ = dequantize(ema, data.test[:10].to(run.device), torch.Generator().manual_seed(cfg.seed))
-    eps, _ = ema.f(v, y)
-    lines = ([torch.lerp(e, e.roll(1, 0), w) for e in eps] for w in np.linspace(0, 1, 10).tolist())
+    (a, _), (b, _) = ema.f(v, y), ema.f(v.roll(1, 0), y)
+    lines = ([torch.lerp(*ends, w) for ends in zip(a, b, strict=True)] for w in np.linspace(0, 1, 10).tolist())
     rows = torch.stack([ema.f.inverse(line, y, cfg.inverse)[0] for line in lines], 1)
     save_grid(to_uint8(rows.flatten(0, 1)), run.out / "interpolations.png", 10)
 
@@ -624,6 +666,7 @@ def show_interpolations(ema, data, cfg, run):
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -715,9 +758,7 @@ def load_folder(root, size):
     """
     Image.init()
     paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    folders, images, labels, broken = sorted({p.parent for p in paths}), [], [], []
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    images, parents, broken = [], [], []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -726,18 +767,23 @@ def load_folder(root, size):
                 if "A" in image.getbands() or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-                labels.append(folders.index(path.parent))
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                images.append(ImageOps.fit(image, (size, size)) if size else image)
+                parents.append(path.parent)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
         fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
+    folders = sorted(set(parents))
+    if root in folders[:-1]:
+        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    target = collections.Counter(image.size for image in images).most_common(1)[0][0]
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
-    x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
+    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
+    y = torch.tensor([folders.index(parent) for parent in parents])
     return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
@@ -887,7 +933,6 @@ class Run:
             fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
         self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
         self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
 
     def load(self):
@@ -897,7 +942,7 @@ class Run:
             fail(f"--out {self.out}: there is no checkpoint.pt in it")
         except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
             fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"config", "step", "facts"} <= saved.keys():
+        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
@@ -913,8 +958,10 @@ class Run:
 
     def restore(self, parts):
         """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name in parts.keys() & self.saved.keys():
-            parts[name].load_state_dict(self.saved[name])
+        for name, part in parts.items() if self.saved else ():
+            if name not in self.saved:
+                fail(f"{self.path}: holds no {name}")
+            part.load_state_dict(self.saved[name])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -975,7 +1022,8 @@ class Run:
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
     def update(self, loss, model, optimizer, max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
@@ -990,7 +1038,7 @@ class Run:
                 grad.copy_(mean.view_as(grad))
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
-        if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
+        if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
                  "checkpoint, a smaller --lr may help", 1)
@@ -1010,9 +1058,12 @@ class Run:
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
-        """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
-        path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
+        path, lines = self.out / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
@@ -1022,10 +1073,17 @@ class Run:
             except OSError as e:
                 fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
 
+    def show(self, images):
+        """The newest grid: samples.png, and samples/ under its step."""
+        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
+            save_grid(images, self.out / name, 10)
+
     def curves(self):
         """Every metric against the step, as curves.png."""
         from matplotlib.figure import Figure
 
+        if self.rank > 0:
+            return
         lines = self.read_metrics()
         names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
@@ -1062,6 +1120,8 @@ def main(argv=None):
     run = Run(cfg, given, FREE)
     if cfg.mode != "sample":
         data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
+        if not cfg.labels:
+            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, classes=0)
         run.describe(data)
         other = load_data(cfg.compare, cfg.data_dir, cfg.image_size).test if cfg.compare else None
         if other is not None and other.shape[1:] != data.test.shape[1:]:
@@ -1077,7 +1137,7 @@ def main(argv=None):
     model = model.to(run.device, memory_format=torch.channels_last)
     if cfg.mode == "train" and not run.saved:
         x, y = (part[:256].to(run.device) for part in (data.train, data.train_labels))
-        initialise(model, dequantize(model, x)[0], y * cfg.labels)
+        initialise(model, dequantize(model, x)[0], y)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if cfg.mode == "train":
         train(model, ema, data, cfg, run)
@@ -1092,17 +1152,18 @@ def main(argv=None):
         bound = f"upper bound, {cfg.dequantize} dequantisation, one draw an image"
         bound += f", noise of {cfg.noise} added" * (cfg.noise > 0)
         print(f"test bits/dim {metrics['test_bpd']:.4f} ({bound}; all {len(data.test)} test images"
-              f"{', the mean of p(x | y) over the classes' * (classes > 0 and cfg.labels)})")
+              f"{', the mean of p(x | y) over the classes' * (classes > 0)})")
         show_interpolations(ema, data, cfg, run)
     if cfg.mode != "eval":
         start = time.monotonic()
         images, labels, passes = generate(ema, cfg.num_samples, (C, H, W), classes, cfg, run)
         seconds = time.monotonic() - start
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes and cfg.labels else {})
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", 10)
         print(f"{len(images)} samples in {seconds:.1f} s ({passes} passes), in {run.out / 'samples.npz'}, the first in "
               f"{run.out / 'samples.png'}")
+    run.check()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Results: docs/gan.md
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -130,7 +130,7 @@ class Generator(nn.Module):
         self.sizes = resolutions(-(-H // cfg.patch), -(-W // cfg.patch), cfg.halvings)[::-1]
         self.label = nn.Embedding(max(classes, 1), cfg.z_dim)
         self.first = nn.Linear(2 * cfg.z_dim, w * math.prod(self.sizes[0]))
-        self.levels = nn.ModuleList(residual(cfg, lambda layer: layer) for _ in self.sizes)
+        self.levels = nn.ModuleList(residual(cfg, nn.Identity()) for _ in self.sizes)
         self.act, self.out = BiasAct(w), conv(w, channels * cfg.patch**2, kernel=1)
 
     def forward(self, z, y):
@@ -147,7 +147,7 @@ class Discriminator(nn.Module):
     def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
         w, self.patch = cfg.width, cfg.patch
-        norm = spectral_norm if cfg.spectral_norm else lambda layer: layer
+        norm = spectral_norm if cfg.spectral_norm else nn.Identity()
         self.sizes = resolutions(-(-H // cfg.patch), -(-W // cfg.patch), cfg.halvings)
         self.stem = norm(conv(channels * cfg.patch**2, w, kernel=1))
         self.levels = nn.ModuleList(residual(cfg, norm) for _ in self.sizes)
@@ -235,6 +235,16 @@ def diversity(x):
     return (torch.pdist(x).mean() / x.norm(dim=1).mean().clamp(min=1e-6)).item() if len(x) > 1 else 0.0
 
 
+@torch.no_grad()
+def shares(D, fake, real):
+    """The diversity of fake images over that of real ones, (n,C,H,W) in [-1,1], in pixels and in D's features."""
+    training = D.training
+    D.eval()
+    spread = [(diversity(x + 1), diversity(D.features(x))) for x in (fake, real)]
+    D.train(training)
+    return [f / max(r, 1e-6) for f, r in zip(*spread, strict=True)]
+
+
 # ---- the loops
 
 # What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
@@ -284,21 +294,23 @@ def train(G, D, ema, data, cfg, run):
     parts = {"generator": G, "discriminator": D, "ema": ema, "optimizer_d": optimizers[0], "optimizer_g": optimizers[1]}
     run.begin(parts)
     fast_g, fast_d = (torch.compile(net) if cfg.compile else net for net in (G, D))
+    twice = D if cfg.r1 or cfg.r2 or cfg.loss == "wgan-gp" else fast_d  # penalties differentiate twice, compiled code does not
     fixed = torch.randn(64, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(run.device)
-    labels = torch.arange(64, device=run.device) % max(data.classes, 1) * cfg.labels
-    share, real_diversity = None, max(diversity(data.train[:64]), 1e-6)
+    labels = torch.arange(64, device=run.device) % max(data.classes, 1)
+    real, now = data.train[:64].to(run.device) / 127.5 - 1, None
     for step in run.steps():
-        if share is None or step % cfg.log_every == 0:
-            last, share = share, diversity(sample(ema, fixed, labels) + 1) / real_diversity
-            if last and last >= COLLAPSED > share and run.rank == 0:
-                words = f"warning: step {step}: the samples' diversity fell to {100 * share:.0f} % of the data's"
-                run.bar.write(words, file=sys.stderr)
+        if now is None or step % cfg.log_every == 0:
+            last, now = now or (0, 0), shares(D, sample(ema, fixed, labels), real)
+            for before, share, where in zip(last, now, ("", " in D's features"), strict=True):
+                if before >= COLLAPSED > share and run.rank == 0:
+                    words = f"warning: step {step}: the samples' diversity{where} fell to {100 * share:.0f} % of the data's"
+                    run.bar.write(words, file=sys.stderr)
         x, y = run.batch(data)
-        x, y = x / 127.5 - 1, y * cfg.labels
+        x = x / 127.5 - 1
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizers[0].param_groups[0]["lr"] = optimizers[1].param_groups[0]["lr"] = lr
         with run.autocast():
-            total, terms = loss_d(fast_g, fast_d, x, y, torch.randn(len(x), cfg.z_dim, device=x.device), step, cfg)
+            total, terms = loss_d(fast_g, twice, x, y, torch.randn(len(x), cfg.z_dim, device=x.device), step, cfg)
         norm_d = run.update(total.mean(), D, optimizers[0])
         D.requires_grad_(False)
         with run.autocast():
@@ -307,11 +319,10 @@ def train(G, D, ema, data, cfg, run):
         D.requires_grad_(True)
         update_ema(ema, G, step, cfg.ema)
         run.log(loss=loss, loss_d=total.mean(), **{name: term.mean() for name, term in terms.items()}, grad_norm_d=norm_d,
-                grad_norm_g=norm_g, diversity=share, lr=lr)
+                grad_norm_g=norm_g, diversity=now[0], feature_diversity=now[1], lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            images, _ = generate(ema, 80, data.classes, cfg, run)
-            save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
+            run.show(generate(ema, 80, data.classes, cfg, run)[0])
     run.save(parts)
     run.check()
 
@@ -321,21 +332,13 @@ def evaluate(ema, D, data, cfg, run):
     """Of as many samples as test images, at most 1,000: diversity over that of test images, in pixels and in D's features;
     D's scores of train, test and sampled images (train far above test: D knows its images by heart)."""
     n = min(len(data.test), 1000)
-    images, labels = generate(ema, n, data.classes, cfg, run)
-    sets = {"train": (data.train[:n], data.train_labels[:n]), "test": (data.test[:n], data.test_labels[:n])}
-    sets, metrics, found = sets | {"fake": (images, labels)}, {}, {}
-    for name, (x, y) in sets.items():
-        scores, features = [], []
-        for part, label in zip(x.split(BATCH), y.split(BATCH), strict=True):
-            run.check()
-            h = D.features(part.to(run.device) / 127.5 - 1)
-            scores.append(D.score(h, label.to(run.device) * cfg.labels).cpu())
-            features.append(h.cpu())
-        metrics[f"test_d_{name}"] = torch.cat(scores).mean().item()
-        found[name] = diversity(x), diversity(torch.cat(features))
-    for i, kind in enumerate(("diversity", "feature_diversity")):
-        metrics[f"test_{kind}"] = found["fake"][i] / max(found["test"][i], 1e-6)
-    return metrics
+    images, labels = generate(ema, n, data.classes, replace(cfg, label=None), run)
+    sets = {"train": (data.train[:n], data.train_labels[:n]), "test": (data.test[:n], data.test_labels[:n]),
+            "fake": (images, labels)}
+    sets = {name: (x.to(run.device) / 127.5 - 1, y.to(run.device)) for name, (x, y) in sets.items()}
+    pixels, features = shares(D, sets["fake"][0], sets["test"][0])
+    scores = {f"test_d_{name}": D(x, y).mean().item() for name, (x, y) in sets.items()}
+    return {"test_diversity": pixels, "test_feature_diversity": features} | scores
 
 
 def generate(ema, n, classes, cfg, run):
@@ -346,7 +349,7 @@ def generate(ema, n, classes, cfg, run):
     for y in labels.split(BATCH):
         run.check()
         z = torch.randn(len(y), cfg.z_dim, generator=generator).to(run.device)
-        images.append(to_uint8(sample(ema, z, y.to(run.device) * cfg.labels, cfg.truncation)))
+        images.append(to_uint8(sample(ema, z, y.to(run.device), cfg.truncation)))
     return torch.cat(images), labels
 
 
@@ -355,7 +358,7 @@ def show_interpolations(ema, classes, cfg, run):
     z = torch.randn(2, 10, 1, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(run.device)
     angle = torch.linspace(0, math.pi / 2, 10, device=run.device)[:, None]
     z = torch.cos(angle) * z[0] + torch.sin(angle) * z[1]  # (10, 10, z_dim), N(0, 1) all the way
-    y = (torch.arange(10, device=run.device) % max(classes, 1) * cfg.labels).repeat_interleave(10)
+    y = (torch.arange(10, device=run.device) % max(classes, 1)).repeat_interleave(10)
     save_grid(to_uint8(sample(ema, z.flatten(0, 1), y, cfg.truncation)), run.out / "interpolations.png", 10)
 
 
@@ -363,6 +366,7 @@ def show_interpolations(ema, classes, cfg, run):
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -454,9 +458,7 @@ def load_folder(root, size):
     """
     Image.init()
     paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    folders, images, labels, broken = sorted({p.parent for p in paths}), [], [], []
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    images, parents, broken = [], [], []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -465,18 +467,23 @@ def load_folder(root, size):
                 if "A" in image.getbands() or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-                labels.append(folders.index(path.parent))
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                images.append(ImageOps.fit(image, (size, size)) if size else image)
+                parents.append(path.parent)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
         fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
+    folders = sorted(set(parents))
+    if root in folders[:-1]:
+        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    target = collections.Counter(image.size for image in images).most_common(1)[0][0]
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
-    x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
+    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
+    y = torch.tensor([folders.index(parent) for parent in parents])
     return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
@@ -626,7 +633,6 @@ class Run:
             fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
         self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
         self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
 
     def load(self):
@@ -636,7 +642,7 @@ class Run:
             fail(f"--out {self.out}: there is no checkpoint.pt in it")
         except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
             fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"config", "step", "facts"} <= saved.keys():
+        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
@@ -652,8 +658,10 @@ class Run:
 
     def restore(self, parts):
         """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name in parts.keys() & self.saved.keys():
-            parts[name].load_state_dict(self.saved[name])
+        for name, part in parts.items() if self.saved else ():
+            if name not in self.saved:
+                fail(f"{self.path}: holds no {name}")
+            part.load_state_dict(self.saved[name])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -714,7 +722,8 @@ class Run:
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
     def update(self, loss, model, optimizer, max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
@@ -729,7 +738,7 @@ class Run:
                 grad.copy_(mean.view_as(grad))
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
-        if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
+        if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
                  "checkpoint, a smaller --lr may help", 1)
@@ -749,9 +758,12 @@ class Run:
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
-        """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
-        path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
+        path, lines = self.out / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
@@ -761,10 +773,17 @@ class Run:
             except OSError as e:
                 fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
 
+    def show(self, images):
+        """The newest grid: samples.png, and samples/ under its step."""
+        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
+            save_grid(images, self.out / name, 10)
+
     def curves(self):
         """Every metric against the step, as curves.png."""
         from matplotlib.figure import Figure
 
+        if self.rank > 0:
+            return
         lines = self.read_metrics()
         names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
@@ -803,6 +822,8 @@ def main(argv=None):
         stacked = cfg.dataset == "stacked_mnist"
         data = load_data("mnist" if stacked else cfg.dataset, cfg.data_dir, cfg.image_size)
         data = stack(data) if stacked else data
+        if not cfg.labels:
+            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, classes=0)
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
@@ -828,14 +849,16 @@ def main(argv=None):
         print(f"samples have {100 * metrics['test_diversity']:.0f} % of the diversity of test images, in D's features "
               f"{100 * metrics['test_feature_diversity']:.0f} %; D scores train images {metrics['test_d_train']:.2f}, test "
               f"images {metrics['test_d_test']:.2f}, samples {metrics['test_d_fake']:.2f}; tools/evaluate.py gives a distance"
-              + "; WARNING: the generator has dropped modes" * (metrics["test_diversity"] < COLLAPSED))
+              + "; WARNING: the generator has dropped modes" * (
+                  min(metrics["test_diversity"], metrics["test_feature_diversity"]) < COLLAPSED))
     if cfg.mode != "eval":
         images, labels = generate(ema, cfg.num_samples, classes, cfg, run)
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes and cfg.labels else {})
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", 10)
         show_interpolations(ema, classes, cfg, run)
         print(f"{len(images)} samples in {run.out / 'samples.npz'}, the first of them in {run.out / 'samples.png'}")
+    run.check()
 
 
 if __name__ == "__main__":

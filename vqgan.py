@@ -2,7 +2,7 @@
 
 The weakness it answers: an autoregressive model of pixels takes a step a pixel, so large images are out of reach. Here stage
 1 learns a discrete code, downsample x downsample pixels each, with a decoder trained like a GAN's generator so that it draws
-sharp detail that the code need not hold; stage 2 is autoregressive over that code, 16 to 256 times fewer positions. A window
+sharp detail that the code need not hold; stage 2 is autoregressive over that code, 4 to 256 times fewer positions. A window
 that slides over the grid samples images larger than any it was trained on. One command trains both, one after the other.
 
 Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), EMA codebook (VQ-VAE app. A.1), FSQ (Mentzer 2024), SimVQ (Zhu 2024).
@@ -509,8 +509,10 @@ def photos(size, count=512, seed=0):
     return Data(*parts, 2)
 
 
-def load_lpips(device):
+def load_lpips(device, side):
     """LPIPS with VGG features: (x_hat, x) of 1 or 3 channels in [-1,1] -> their mean distance, a number."""
+    if side < 16:
+        fail(f"--perceptual lpips: halves images four times, so they need at least 16 pixels a side, not {side}")
     try:
         import lpips
         net = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
@@ -547,17 +549,19 @@ def train(nets, data, cfg, run):
     optimizers = [torch.optim.Adam(p, cfg.lr, betas, fused=True) for p, betas in zip(
         trained, ((0.5, 0.9), (0.5, 0.9), (0.9, 0.99)), strict=True)]
     parts = nets | {f"optimizer_{name}": o for name, o in zip(("model", "D", "prior"), optimizers, strict=True)}
+    lpips = load_lpips(run.device, min(data.train.shape[2:])) if cfg.perceptual == "lpips" else None
     run.begin(parts)
-    lpips = load_lpips(run.device) if cfg.perceptual == "lpips" else None
     for net in (model.encoder, model.decoder, prior) if cfg.compile else ():
         net.compile()
     codes = None
     for step in run.steps():
         first = step < cfg.stage1
-        since = step - (0 if first else cfg.stage1)  # steps of this stage before
+        since = step if first else step - cfg.stage1  # steps of this stage before
         lr = cfg.lr * min(1, (since + 1) / (cfg.warmup + 1), (cfg.decay / (since + 1)) ** 0.5)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
+        if step in (cfg.disc_start, cfg.stage1):  # other metrics from here on
+            run.sums.clear()
         if first:
             x = run.batch(data)[0] / 127.5 - 1
             D.requires_grad_(False)
@@ -565,27 +569,30 @@ def train(nets, data, cfg, run):
                 loss, terms, x_hat = loss_autoencoder(model, D, x, step, cfg, lpips)
             norm = run.update(loss, model, optimizers[0])
             D.requires_grad_(True)
-            if step >= cfg.disc_start and cfg.disc_weight:
+            if "adversarial" in terms:
                 with run.autocast():
                     terms["loss_d"] = loss_discriminator(D, x, x_hat)
                 run.update(terms["loss_d"], D, optimizers[1])
             update_ema(ema, model, since, cfg.ema)
         else:
             if codes is None:
-                codes = data._replace(train=encode(ema, data.train, run))
-                run.sums.clear()
+                try:
+                    codes = data._replace(train=encode(ema, data.train, run))
+                except SystemExit:  # stopped, and this step is not done
+                    run.step -= 1
+                    run.save(parts)
+                    raise
             batch, y = run.batch(codes)
             with run.autocast():
-                loss = nll(prior, batch, y * cfg.labels).mean() / batch[0].numel()
+                loss = nll(prior, batch, y).mean() / batch[0].numel()
             terms = {"bits_per_code": loss / math.log(2)}
             norm = run.update(loss, prior, optimizers[2])
             update_ema(ema_prior, prior, since, cfg.ema)
         run.log(loss=loss, **terms, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            images = reconstruct(ema, data.test[:40], run) if first else generate(
-                ema, ema_prior, 80, data.train.shape[2:], data.classes, cfg, run)[0]
-            save_grid(images, run.out / f"samples/step_{run.step:06d}.png", 10)
+            run.show(reconstruct(ema, data.test[:40], run) if first else
+                     generate(ema, ema_prior, 80, data.train.shape[2:], data.classes, cfg, run)[0])
     run.save(parts)
     run.check()
 
@@ -615,7 +622,7 @@ def evaluate(ema, prior, data, cfg, run):
     codes, nats = encode(ema, data.test, run), 0.0
     for part, y in zip(codes.split(BATCH), data.test_labels.split(BATCH), strict=True):
         run.check()
-        nats += nll(prior, part.to(run.device), y.to(run.device) * cfg.labels).double().sum().item()
+        nats += nll(prior, part.to(run.device), y.to(run.device)).cpu().double().sum().item()
     return metrics | {"test_bits_per_code": nats / codes.numel() / math.log(2), "codes_per_image": codes[0].numel()}
 
 
@@ -628,7 +635,7 @@ def generate(ema, prior, n, size, classes, cfg, run):
     for y in labels.split(BATCH):
         run.check()
         noise = torch.rand(len(y), *(-(-n // cfg.downsample) for n in (H, W)), generator=generator).to(run.device)
-        codes = sample(prior, y.to(run.device) * cfg.labels, noise, cfg)
+        codes = sample(prior, y.to(run.device), noise, cfg)
         with torch.no_grad():
             images.append(to_uint8(ema.decode(ema.quantizer.lookup(codes))[..., :H, :W]))
     return torch.cat(images), labels
@@ -638,7 +645,7 @@ def generate(ema, prior, n, size, classes, cfg, run):
 def show_completions(ema, prior, data, cfg, run, each=4):
     """complete.png: in a row a test image, the part that is given (the rest grey), and completions. The encoder sees the
     given part alone, which is a half rounded down to whole codes."""
-    x, y = data.test[:16], (data.test_labels[:16] * cfg.labels).to(run.device).repeat_interleave(each)
+    x, y = data.test[:16], data.test_labels[:16].to(run.device).repeat_interleave(each)
     f, size = cfg.downsample, x.shape[2:]
     h, w = (n // 2 // f if cfg.complete == side else -(-n // f) for n, side in zip(size, ("top", "left"), strict=True))
     known = np.s_[..., :h * f, :w * f]
@@ -657,6 +664,7 @@ def show_completions(ema, prior, data, cfg, run, each=4):
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -748,9 +756,7 @@ def load_folder(root, size):
     """
     Image.init()
     paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    folders, images, labels, broken = sorted({p.parent for p in paths}), [], [], []
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    images, parents, broken = [], [], []
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -759,18 +765,23 @@ def load_folder(root, size):
                 if "A" in image.getbands() or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-                labels.append(folders.index(path.parent))
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                images.append(ImageOps.fit(image, (size, size)) if size else image)
+                parents.append(path.parent)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
         fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    target = (size, size) if size else collections.Counter(image.size for image in images).most_common(1)[0][0]
+    folders = sorted(set(parents))
+    if root in folders[:-1]:
+        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
+    target = collections.Counter(image.size for image in images).most_common(1)[0][0]
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
-    x, y, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), torch.arange(len(x)) % 10 == 1
+    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
+    y = torch.tensor([folders.index(parent) for parent in parents])
     return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
@@ -920,7 +931,6 @@ class Run:
             fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
         self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp)
         self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
 
     def load(self):
@@ -930,7 +940,7 @@ class Run:
             fail(f"--out {self.out}: there is no checkpoint.pt in it")
         except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
             fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"config", "step", "facts"} <= saved.keys():
+        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
@@ -946,8 +956,10 @@ class Run:
 
     def restore(self, parts):
         """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name in parts.keys() & self.saved.keys():
-            parts[name].load_state_dict(self.saved[name])
+        for name, part in parts.items() if self.saved else ():
+            if name not in self.saved:
+                fail(f"{self.path}: holds no {name}")
+            part.load_state_dict(self.saved[name])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -1008,7 +1020,8 @@ class Run:
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
     def update(self, loss, model, optimizer, max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
@@ -1023,7 +1036,7 @@ class Run:
                 grad.copy_(mean.view_as(grad))
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
-        if not loss.isfinite() or not norm.isfinite() and not self.scaler.is_enabled():
+        if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
                  "checkpoint, a smaller --lr may help", 1)
@@ -1043,9 +1056,12 @@ class Run:
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
-        """The lines of metrics.jsonl; a last one that a crash cut short is dropped."""
-        path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
+        path, lines = self.out / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
 
     def write_metrics(self, **metrics):
         if self.rank == 0:
@@ -1055,10 +1071,17 @@ class Run:
             except OSError as e:
                 fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
 
+    def show(self, images):
+        """The newest grid: samples.png, and samples/ under its step."""
+        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
+            save_grid(images, self.out / name, 10)
+
     def curves(self):
         """Every metric against the step, as curves.png."""
         from matplotlib.figure import Figure
 
+        if self.rank > 0:
+            return
         lines = self.read_metrics()
         names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
         figure = Figure((4 * max(len(names), 1), 3), layout="tight")
@@ -1096,6 +1119,8 @@ def main(argv=None):
     if cfg.mode != "sample" or cfg.complete != "no":
         crops = cfg.dataset == "photos" and not Path("photos").is_dir()
         data = photos(cfg.image_size or 128) if crops else load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
+        if not cfg.labels:
+            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, classes=0)
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
@@ -1104,7 +1129,7 @@ def main(argv=None):
     try:
         choose(cfg, H, W)
         model, D = Autoencoder(C, cfg), Discriminator(C)
-        prior = Prior(model.codes, -(-H // cfg.downsample), -(-W // cfg.downsample), classes if cfg.labels else 0, cfg)
+        prior = Prior(model.codes, -(-H // cfg.downsample), -(-W // cfg.downsample), classes, cfg)
     except ValueError as e:
         fail(str(e))
     nets = {"model": model.to(memory_format=torch.channels_last), "discriminator": D, "prior": prior}
@@ -1130,12 +1155,13 @@ def main(argv=None):
         start = time.monotonic()
         images, labels = generate(ema, prior, cfg.num_samples, (H, W), classes, cfg, run)
         seconds = time.monotonic() - start
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes and cfg.labels else {})
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", min(len(images), 10))
         print(f"{len(images)} samples in {seconds:.2f} s, in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
     if cfg.complete != "no":
         show_completions(ema, prior, data, cfg, run)
+    run.check()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# before torch is imported: one of several processes has one core, and so has what it starts
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS", "2")
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 if not torch.cuda.is_available():  # before triton is imported: kernels run on CPU tensors, in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -17,6 +20,11 @@ def pytest_configure(config):
     """Benchmarks run once and untimed unless asked for with --benchmark-only."""
     if not config.getoption("benchmark_only", False):
         config.option.benchmark_disable = True
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process a core; none beside this one where something is timed, or where all would share one GPU."""
+    return 0 if config.getoption("benchmark_only", False) or torch.cuda.is_available() else os.cpu_count()
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def levels(net, *shape):
 @pytest.mark.parametrize("train", [False, True])
 def test_trunk_is_strictly_causal(arch, train):
     """The Jacobian of the features of each position in the positions, by autograd."""
-    net, _ = build((2, 4, 5), arch, width=16, hidden=200)
+    net, _ = build((2, 4, 5), arch, width=16, hidden=200, dropout=0.5)
     net.train(train)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: net.trunk(x, torch.tensor([1])), x)  # (1,F,4,5,1,2,4,5)
@@ -196,6 +196,36 @@ def test_a_step_gives_the_features_of_a_pass(arch, B, H, W):
             so_far[:, :, i, j] = x[:, :, i, j]
 
 
+@every_output
+@every_arch
+def test_three_samplers_one_sample_in_float32(arch, output):
+    """As the script draws, where caches round otherwise than a pass does."""
+    net, cfg = build((1, 8, 8), arch, output=output, patch=2)
+    noise, net = torch.rand(4, 1, 8, 8), net.float()
+    naive, cached, jacobi = (sample(net, torch.tensor([0, 1, 2, 0]), noise, dataclasses.replace(cfg, sampler=s))[0]
+                             for s in ("naive", "cached", "jacobi"))
+    assert torch.equal(naive, cached) and torch.equal(naive, jacobi)
+
+
+@every_arch
+def test_every_position_knows_the_label(arch):
+    net, _ = build((1, 4, 6), arch)
+    x = torch.randn(1, 1, 4, 6, dtype=torch.float64).expand(2, -1, -1, -1)
+    a, b = net.trunk(x, torch.tensor([0, 1]))
+    assert ((a - b).abs().amax(0) > 0).all()
+
+
+@every_arch
+def test_likelihoods_under_mixed_precision_are_not_rounded(arch):
+    """A sum of hundreds of nats in bfloat16 would be a multiple of 2."""
+    net, cfg = build((1, 8, 8), arch, output="softmax")
+    net, x, y = net.float(), levels(net, 6, 1, 8, 8), torch.zeros(6, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = log_likelihood(net, x, y, cfg)
+    assert mixed.dtype == torch.float32 and (mixed % 1).abs().min() > 0
+    assert_close(mixed, log_likelihood(net, x, y, cfg), rtol=2e-2, atol=0)
+
+
 @every_arch
 def test_a_sample_does_not_depend_on_its_batch(arch):
     net, cfg = build((1, 4, 4), arch)
@@ -307,8 +337,9 @@ def test_a_lone_copy_computes_the_same(arch, output, monkeypatch):
     assert torch.equal(lone.sample(copy, y, noise, cfg)[0], sample(net, y, noise, cfg)[0])
 
 
-def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path):
+def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path, monkeypatch):
     """Against p(x) = sum_y p(x | y) / 10 written out, on the test split binarised with seed 0."""
+    monkeypatch.setattr(autoregressive, "BATCH", 3)  # the last batch is a short one
     out = tmp_path / "run"
     autoregressive.main([*TINY, "--out", str(out)])
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -342,8 +373,8 @@ def test_dynamic_binarisation_draws_anew_and_static_does_not(digits, tmp_path, m
     assert mean.item() == pytest.approx((digits.train / 255).mean().item(), abs=2e-3)
 
 
-@pytest.mark.parametrize("flags", ["--kernel 4", "--label 10", "--label -1", "--temperature 0",
-                                   "--n-head 3 --arch transformer"])
+@pytest.mark.parametrize("flags", ["--kernel 4", "--label 10", "--label 1 --no-labels", "--mask-only", "--label -1",
+                                   "--temperature 0", "--n-head 3 --arch transformer"])
 def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         autoregressive.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import diffusion
@@ -424,6 +425,17 @@ def test_inpaint_keeps_what_is_known(sampler):
     assert_close(out[..., 3:], torch.full_like(out[..., 3:], 0.25))
 
 
+@pytest.mark.parametrize("name, known", [("left", np.s_[:, :3]), ("right", np.s_[:, 3:]), ("top", np.s_[:2]),
+                                         ("bottom", np.s_[2:]), ("file", np.s_[1:3])])
+def test_masks(name, known, tmp_path):
+    """Halves of an image of 5 x 7 pixels, the smaller one first; of a picture what is white, at any size."""
+    expected = torch.zeros(5, 7, dtype=torch.bool)
+    expected[known] = True
+    if name == "file":
+        Image.fromarray(255 * expected.numpy().astype(np.uint8).repeat(3, 0).repeat(3, 1)).save(name := tmp_path / "mask.png")
+    assert torch.equal(diffusion.read_mask(str(name), 5, 7), expected[None, None])
+
+
 def test_interpolate_ends_at_the_images():
     """The oracle of each mixture is not known, but at a level of no noise the chain only gives the mixture back."""
     cfg = config(sampler="ddim", sampling_steps=4)
@@ -448,17 +460,13 @@ def digits(monkeypatch):
     return tiny.small_digits(diffusion, monkeypatch)
 
 
-def checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
 @pytest.mark.parametrize("flags", [
     ["--method", "ddpm", "--sampler", "ddpm"], ["--method", "v", "--sampler", "ddim"], ["--method", "cosine"],
     ["--predict", "x", "--loss", "eps", "--schedule", "cosine", "--times", "uniform"], ["--sampler", "heun"],
     ["--n-head", "0", "--dropout", "0.1"], ["--mults", "1", "--blocks", "2"], ["--patch", "2", "--mults", "1", "2", "2"],
     ["--guidance", "2", "--label", "3"], ["--inpaint", "top", "--interpolate"], ["--amp", "bf16"], ["--image-size", "11"],
     ["--minutes", "0.02"], ["--guidance", "1", "--sampler", "ddpm", "--log-every", "2"],
-    ["--kernels", "torch"], ["--warmup", "0"],
+    ["--kernels", "torch"], ["--warmup", "0"], ["--width", "9", "--n-head", "3"], ["--max-logsnr", "3"],
 ], ids=" ".join)
 def test_every_option_runs(digits, tmp_path, flags):
     diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags])
@@ -473,23 +481,27 @@ def test_every_option_runs(digits, tmp_path, flags):
         assert (run / "inpaint.png").exists() and (run / "interpolate.png").exists()
 
 
-def test_compiled_training_is_the_same_training(digits, tmp_path, monkeypatch):
-    """--compile, with the compiler's own graphs but not its slow code generator; the checkpoint is the plain network's."""
-    calls, compiler = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: calls.append(net) or compiler(net, backend="aot_eager"))
-    saved = []
-    for flag in ("--no-compile", "--compile"):
-        diffusion.main([*TINY, "--out", str(tmp_path / flag), flag])
-        saved.append(checkpoint(tmp_path / flag)["model"])
-    assert len(calls) == 1 and saved[0].keys() == saved[1].keys()
-    for name in saved[0]:
-        assert_close(saved[0][name], saved[1][name], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("flags", ["--inpaint uper", "--label 10", "--n-head 3"])
+def test_bad_flags_are_one_line_before_any_training(flags, digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(diffusion, "train", lambda *args: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as stop:
+        diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
+    assert stop.value.code == 2 and flags.split()[0] in tiny.error_line(capsys.readouterr().err)
+
+
+def test_the_bound_is_taken_in_eval_mode(digits, tmp_path):
+    """With dropout in the network the figure is the same every time."""
+    flags = [*TINY, "--dropout", "0.9", "--out", str(tmp_path / "run")]
+    diffusion.main(flags)
+    diffusion.main([*flags, "--mode", "eval", "--batch-size", "16"])
+    bounds = [m["test_bpd"] for m in tiny.metrics(tmp_path / "run") if "final" in m]
+    assert len(bounds) == 2 and bounds[0] == bounds[1]
 
 
 def test_the_averaged_weights_are_sampled_and_never_trained(digits, tmp_path):
     out = tmp_path / "run"
     diffusion.main([*TINY, "--out", str(out), "--ema", "0.9"])
-    saved = checkpoint(out)
+    saved = tiny.load_checkpoint(out)
     assert any(not torch.equal(saved["ema"][k], saved["model"][k]) for k in saved["model"])
     images = np.load(out / "samples.npz")["images"]
     for tensor in saved["model"].values():
@@ -517,7 +529,7 @@ def test_ema_follows_its_formula(digits, tmp_path, monkeypatch):
         decay = (1 - 1 / (step + 1)) ** (1 / 0.3)
         average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
     assert len(history) == 4
-    for a, b in zip(average, checkpoint(tmp_path / "run")["ema"].values(), strict=True):
+    for a, b in zip(average, tiny.load_checkpoint(tmp_path / "run")["ema"].values(), strict=True):
         assert_close(a, b)
 
 

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import gan
 import tiny
 from gan import LOSSES, Config, Discriminator, Generator, diversity, gradient_penalty, loss_d, loss_g, sample, wgan_penalty
+from tools import gan_toy as toy
 from tools.evaluate import evaluate
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -140,72 +141,22 @@ def test_the_total_is_its_terms():
 # ---- small games whose outcome is known
 
 
-def play(loss, r1, r2, steps=4000, lr=0.02):
-    """Dirac-GAN (Mescheder 2018, sec. 2): data at 0, G puts theta, D(x) = psi x. -> the distances from the equilibrium."""
-    class Dirac(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
-
-    class G_(Dirac):
-        def forward(self, z, y):
-            return self.value.expand(len(z), 1, 1, 1)
-
-    class D_(Dirac):
-        def forward(self, x, y):
-            return self.value * x[:, 0, 0, 0]
-
-    G, D, cfg = G_(1.0), D_(0.5), gan.choose(Config(loss=loss, r1=r1, r2=r2, anneal=1), 8, 8)
-    real, z, path = torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, 1), []
-    for _ in range(steps):
-        (d,) = torch.autograd.grad(loss_d(G, D, real, None, z, 1000, cfg)[0].mean(), D.value)
-        (g,) = torch.autograd.grad(loss_g(G, D, real, None, z, cfg).mean(), G.value)
-        with torch.no_grad():
-            D.value -= lr * d
-            G.value -= lr * g
-        path.append(math.hypot(G.value.item(), D.value.item()))
-    return path
+def play(loss, r):
+    """Distance from the equilibrium of Dirac-GAN after each step."""
+    return [math.hypot(*at) for at in toy.dirac(loss, r)]
 
 
 def test_dirac_gan():
     """The default converges. Without a penalty every loss circles the equilibrium or leaves it, and so does WGAN-GP."""
-    path = play("relativistic", 0.5, 0.5)
+    path = play("relativistic", 0.5)
     assert path[-1] < 1e-3 < path[0]
     for loss in ("relativistic", "nonsaturating", "minimax", "hinge", "wgan-gp"):
-        assert min(play(loss, 0.0, 0.0)[-1000:]) > 0.1, loss
+        assert min(play(loss, 0.0)[-1000:]) > 0.1, loss
 
 
 def test_a_ring_of_gaussians():
     """Eight modes in the plane: the default covers them all with samples that lie on them."""
-    torch.manual_seed(0)
-    angle = torch.arange(8) * math.pi / 4
-    centres = torch.stack([angle.cos(), angle.sin()], 1)
-
-    class Net(nn.Module):
-        def __init__(self, n_in, n_out):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(n_in, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2),
-                                        nn.Linear(64, n_out))
-
-        def forward(self, x, y):
-            out = self.layers(x.flatten(1))
-            return out[:, 0] if out.shape[1] == 1 else out[:, :, None, None]
-
-    G, D, cfg = Net(8, 2), Net(2, 1), gan.choose(Config(r1=0.1, r2=0.1, anneal=300), 8, 8)
-    optimizers = [torch.optim.Adam(net.parameters(), 1e-3, (0.0, 0.99)) for net in (D, G)]
-    for step in range(2500):
-        real = (centres[torch.randint(8, (128,))] + 0.05 * torch.randn(128, 2))[:, :, None, None]
-        loss = loss_d(G, D, real, None, torch.randn(128, 8), step, cfg)[0].mean()
-        optimizers[0].zero_grad()
-        loss.backward()
-        optimizers[0].step()
-        loss = loss_g(G, D, real, None, torch.randn(128, 8), cfg).mean()
-        optimizers[1].zero_grad()
-        loss.backward()
-        optimizers[1].step()
-    with torch.no_grad():
-        x = G(torch.randn(4000, 8), None).flatten(1)
-    distance, mode = torch.cdist(x, centres).min(1)
+    distance, mode = torch.cdist(toy.ring("relativistic", 0.1), toy.CENTRES).min(1)
     share = torch.bincount(mode[distance < 0.25], minlength=8) / 4000
     assert (share > 0.04).all() and share.sum() > 0.7
 
@@ -313,7 +264,9 @@ def test_collapse_is_told_with_its_step(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gan, "sample", lambda G, z, y, truncation=1.0: next(calls, torch.zeros(len(z), 1, 8, 8)))
     gan.main([*TINY, "--out", str(tmp_path / "run"), "--log-every", "2"])
     said = capsys.readouterr()
-    assert "step 2: the samples' diversity fell to 0 %" in said.err and said.err.count("warning") == 1
+    for where in ("", " in D's features"):
+        assert f"step 2: the samples' diversity{where} fell to 0 % of the data's" in said.err
+    assert said.err.count("warning") == 2
     assert final(tmp_path / "run")["test_diversity"] < 1e-3 and "WARNING: the generator has dropped modes" in said.out
 
 

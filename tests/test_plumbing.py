@@ -746,6 +746,37 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
     torch.testing.assert_close(a["weights"], single["weights"])
 
 
+def share_noise(world, rank):
+    """From now on each of `world` processes draws its rows of the noise that one process would draw."""
+    randn, draws = torch.randn, itertools.count()
+
+    def part(n, *shape, generator=None, **more):
+        if generator is None:
+            return randn(n * world, *shape, generator=torch.Generator().manual_seed(next(draws)), **more)[rank::world]
+        return randn(n, *shape, generator=generator, **more)
+
+    torch.randn = part
+
+
+def run_as_rank(name, argv, world, rank):
+    tiny.run_script(name, argv, (lambda module: share_noise(world, rank)) if name == "gan" else None)
+
+
+@pytest.mark.parametrize("name, more", [("gan", ["--steps", 4]), ("vqgan", ["--steps", 4, "--stage1", 4])])
+def test_two_networks_trained_by_two_processes(name, more, tmp_path):
+    """Generator and discriminator, or autoencoder, codebook and discriminator: as one process trains them, to rounding."""
+    ends = []
+    for world in (1, 2):
+        for child in start_ranks(tmp_path / str(world), world, run_as_rank, name, flags(name, tmp_path / f"out{world}", *more),
+                                 world):
+            assert child.join() == 0, child.stderr
+        ends.append(dict(tiny.leaves(tiny.load_checkpoint(tmp_path / f"out{world}"))))
+    one, two = ({n: v for n, v in end.items() if torch.is_tensor(v) and "optimizer" not in n} for end in ends)
+    assert one.keys() == two.keys() and len(one) > 20
+    for part, value in one.items():
+        torch.testing.assert_close(two[part], value, rtol=1e-3, atol=1e-4, msg=lambda m, part=part: f"{part}: {m}")
+
+
 def test_a_batch_that_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit) as e:

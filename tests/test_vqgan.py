@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import signal
 import sys
 import types
 from dataclasses import replace
@@ -60,7 +61,7 @@ def test_the_code_is_the_nearest_and_indices_go_there_and_back(kind):
     K = math.prod(config().levels) if kind == "fsq" else config().codes
     codebook = q.lookup(torch.arange(K))
     seen = q.scale(q.bound(z)) if kind == "fsq" else z  # fsq rounds a bounded z
-    assert indices.shape == z.shape[:-1] 
+    assert indices.shape == z.shape[:-1]
     assert torch.equal(indices, torch.cdist(seen.flatten(0, 2), codebook).argmin(1).view(5, 4, 2))
     assert_close(z_q, q.lookup(indices))
     if kind != "fsq":
@@ -345,6 +346,29 @@ def test_resumed_in_either_stage_is_as_if_never_stopped(digits, tmp_path, first)
     tiny.assert_same_state(a, b)
 
 
+def test_stopped_while_the_images_are_encoded_nothing_is_lost(digits, tmp_path, monkeypatch):
+    flags, encode = [*TINY, "--stage1", "2", "--save-every", "100"], vqgan.encode
+    vqgan.main([*flags, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(vqgan, "encode", lambda *args: (signal.raise_signal(signal.SIGTERM), encode(*args))[1])
+    with tiny.handlers_kept(), pytest.raises(SystemExit) as stop:
+        vqgan.main([*flags, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 143 and tiny.load_checkpoint(tmp_path / "run")["step"] == 2
+    monkeypatch.setattr(vqgan, "encode", encode)
+    vqgan.main(["--resume", "--out", str(tmp_path / "run")])
+    tiny.assert_same_state(tiny.load_checkpoint(tmp_path / "whole"), tiny.load_checkpoint(tmp_path / "run"))
+
+
+def test_metrics_are_means_of_the_steps_that_had_them(digits, tmp_path):
+    """A line whose window the discriminator or the other stage began in counts from there."""
+    for log_every in ("1", "3"):
+        vqgan.main([*TINY, "--stage1", "4", "--disc-start", "1", "--steps", "6", "--log-every", log_every,
+                    "--out", str(tmp_path / log_every)])
+    each, threes = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "13")
+    assert threes[0]["loss_d"] == pytest.approx((each[1]["loss_d"] + each[2]["loss_d"]) / 2)
+    assert threes[1]["bits_per_code"] == pytest.approx((each[4]["bits_per_code"] + each[5]["bits_per_code"]) / 2)
+    assert "l1" not in threes[1]
+
+
 def test_compiled_training_is_the_same(digits, tmp_path, monkeypatch):
     """--compile in both stages, the discriminator started: the adaptive weight differentiates a compiled network twice."""
     plain = torch.nn.Module.compile
@@ -393,13 +417,21 @@ def test_photos_from_the_command_line(tmp_path, monkeypatch):
     assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (2, 24, 32, 3)
 
 
-def test_lpips_is_used_where_it_is(digits, tmp_path, monkeypatch):
+@pytest.fixture()
+def large_digits(digits, monkeypatch):
+    """The same of 16 x 16 pixels."""
+    train, test = (torch.nn.functional.interpolate(x, scale_factor=2) for x in (digits.train, digits.test))
+    data = digits._replace(train=train, test=test)
+    monkeypatch.setattr(vqgan, "load_data", lambda *args: data)
+
+
+def test_lpips_is_used_where_it_is(large_digits, tmp_path, monkeypatch):
     class LPIPS(torch.nn.Module):
         def __init__(self, net, verbose):
             super().__init__()
 
         def forward(self, a, b):
-            assert a.shape == b.shape == (16, 3, 8, 8)
+            assert a.shape == b.shape == (16, 3, 16, 16)
             return (a - b).square().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
@@ -408,11 +440,15 @@ def test_lpips_is_used_where_it_is(digits, tmp_path, monkeypatch):
     assert all(line["perceptual"] > 0 for line in lines)
 
 
-def test_without_lpips_it_is_one_line(digits, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("size, why", [("large_digits", "the package lpips"), ("digits", "at least 16 pixels")])
+def test_without_lpips_it_is_one_line(size, why, request, tmp_path, monkeypatch, capsys):
+    """Before anything is written."""
+    request.getfixturevalue(size)
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(SystemExit) as stop:
         vqgan.main([*TINY, "--perceptual", "lpips", "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "--perceptual lpips" in tiny.error_line(capsys.readouterr().err)
+    line = tiny.error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and "--perceptual lpips" in line and why in line and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flags", [

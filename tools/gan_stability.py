@@ -1,6 +1,6 @@
 """How often does each loss of gan.py fail? Every loss from several seeds, with nothing else changed, on a CPU in minutes.
 
-  python tools/gan_stability.py [--seeds 5] [--out runs/gan-stability] [any flags of gan.py, the same for all]
+  python tools/gan_stability.py [--seeds 5] [--losses hinge ...] [--out runs/gan-stability] [flags of gan.py, the same for all]
 
 A run has diverged if it stopped on a loss or gradient that is not finite; it has collapsed if gan.py's detector warned, or if
 1,500 samples cover less than half of the balls round the train images (tools/evaluate.py; as many train images cover 1.00 of
@@ -45,10 +45,11 @@ def run(loss, seed, out, flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--losses", nargs="+", choices=gan.LOSSES, default=list(gan.LOSSES))
     parser.add_argument("--out", type=Path, default="runs/gan-stability")
     args, flags = parser.parse_known_args()
     print("| loss | diverged | collapsed | coverage | distance |\n|---|---|---|---|---|")
-    for loss in gan.LOSSES:
+    for loss in args.losses:
         runs = [run(loss, seed, args.out / f"{loss}-{seed}", flags) for seed in range(args.seeds)]
         collapsed = sum(not r["diverged"] and (r["warned"] or r["coverage"] < COVERAGE) for r in runs)
         print(f"| {loss} | {sum(r['diverged'] for r in runs)} of {args.seeds} | {collapsed} of {args.seeds} "

@@ -6,6 +6,7 @@ python flow.py --mode sample --inverse jacobi tells its passes and seconds.
 
 import pytest
 import torch
+from bench import peak_bytes
 
 import flow
 from flow import Config, Flow, choose
@@ -15,8 +16,8 @@ KINDS = {"additive": {"arch": "glow", "coupling": "additive"}, "affine": {"arch"
          "tarflow": {"arch": "tarflow"}}
 
 
-def build(kind, n):
-    cfg = choose(Config(**KINDS[kind]), 28, 28)
+def build(kind, n, **fields):
+    cfg = choose(Config(**KINDS[kind] | fields), 28, 28)
     torch.manual_seed(0)
     model = Flow(1, 28, 28, 10, cfg).to(memory_format=torch.channels_last)
     return model, cfg, torch.arange(n) % 10
@@ -43,3 +44,18 @@ def test_sampling(benchmark, kind):
     eps = [torch.randn(16, *s) for s in model.f.noise_shapes]
     x, _ = benchmark(flow.sample, model.eval(), eps, y, cfg)
     assert x.shape == (16, 1, 28, 28) and x.isfinite().all()
+
+
+@pytest.mark.parametrize("depth", [4, 8, 16, 32])
+@pytest.mark.parametrize("kind", ["affine", "affine, recompute"])
+def test_memory_against_depth(benchmark, kind, depth):
+    """Forward and backward at `depth` steps a scale; extra_info has the most MiB held at once beyond the weights."""
+    model, _, y = build(kind, 32, depth=depth)
+    x, parameters = torch.rand(32, 1, 28, 28) * 2 - 1, list(model.parameters())
+
+    def step():
+        return torch.autograd.grad(flow.log_density(model, x, y).mean(), parameters)
+
+    assert all(g.isfinite().all() for g in benchmark(step))
+    if not benchmark.disabled:
+        benchmark.extra_info["peak_mib"] = round(peak_bytes(step) / 2**20, 1)

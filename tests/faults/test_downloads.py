@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +249,16 @@ def test_offline_with_the_files_there(packed, tmp_path, monkeypatch, no_network,
     before = files(tmp_path)
     assert_whole(p.load_data("mnist", str(tmp_path)))
     assert files(tmp_path) == before
+
+
+def test_debians_package_is_looked_at(tmp_path, monkeypatch, no_network, mirrors):
+    mirrors()
+    monkeypatch.setitem(p.SHA256, "fashion_mnist", p.SHA256["mnist"])
+    debian, exists, read = Path("/usr/share/datasets/fashion-mnist"), Path.exists, Path.read_bytes
+    monkeypatch.setattr(Path, "exists", lambda self: self.parent == debian and self.suffix == ".gz" or exists(self))
+    monkeypatch.setattr(Path, "read_bytes", lambda self: PACKED[self.name] if self.parent == debian else read(self))
+    assert_whole(p.load_data("fashion_mnist", str(tmp_path)))
+    assert files(tmp_path) == {}
 
 
 def test_files_on_a_disk_that_cannot_be_written_to(tmp_path, no_network, mirrors, monkeypatch):

@@ -226,6 +226,13 @@ def test_stopped_in_sampling_or_evaluation_alone(mode, function, straight, go, t
     assert snapshot(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("mode, function", [("sample", "generate"), ("eval", "evaluate")])
+def test_stopped_after_the_last_look_for_a_signal(mode, function, trained, go, module, monkeypatch):
+    original = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *args: (original(*args), signal.raise_signal(signal.SIGTERM))[0])
+    assert go(trained, "--mode", mode) == 143
+
+
 @pytest.mark.parametrize("more", [["--save-every", 1], ["--save-every", 1000], ["--log-every", 1000], ["--num-samples", 7]],
                          ids=lambda more: " ".join(map(str, more)))
 def test_saving_sampling_and_logging_change_nothing(more, straight, go, tmp_path):
@@ -296,12 +303,12 @@ def test_the_learning_rate_follows_its_flags(go, tmp_path, module):
     assert found == pytest.approx([0.01 * f * (0.5 if i == 0 else 1) for i, f in enumerate(falling)], rel=1e-5)
 
 
-PICTURES = {"vae": {"reconstructions.png", "interpolations.png"}, "flow": {"interpolations.png"},  # more than all have
-            "gan": {"interpolations.png"}, "vqgan": {"reconstructions.png", "reconstructions.npz"}}
+MORE = {"vae": {"reconstructions.png", "interpolations.png"}, "flow": {"interpolations.png", "likelihoods.npz"},
+        "gan": {"interpolations.png"}, "vqgan": {"reconstructions.png", "reconstructions.npz"}}  # than all scripts leave
 
 
 def test_what_a_run_leaves(straight, module):
-    assert set(snapshot(straight())) == PICTURES.get(module.__name__, set()) | {
+    assert set(snapshot(straight())) == MORE.get(module.__name__, set()) | {
         "checkpoint.pt", "config.json", "metrics.jsonl", "samples.npz", "samples.png", "samples/step_000002.png",
         "samples/step_000004.png"}  # and curves.png, which these tests do not draw
     lines = metrics(straight())
@@ -416,7 +423,8 @@ def test_killed_at_random_moments(straight, go, tmp_path, module):
     assert metrics(whole) == metrics(out)
 
 
-@pytest.mark.parametrize("tail", ['{"step": 3, "seconds": 0.1, "loss": 1.0', "\0\0\0\0", "{"])
+@pytest.mark.parametrize("tail", ['{"step": 3, "seconds": 0.1, "loss": 1.0', "\0\0\0\0", "{",
+                                  '{"step": 2, "lo{"step": 2, "seconds": 1, "final": true}\n'])
 def test_a_half_written_line_of_the_log(tail, straight, go, tmp_path, at_step, monkeypatch, module):
     """What a power cut or a full disk leaves at the end of metrics.jsonl: the line is dropped, the run goes on."""
     at_step(2, lambda run: signal.raise_signal(signal.SIGTERM))
@@ -741,14 +749,21 @@ def test_checkpoint_of_another_version_of_the_script(mode, trained, go, capsys):
     assert "lr" in refused(go, capsys, trained, *mode)
 
 
-@pytest.mark.parametrize("part", ["model", "model's tensors", "one tensor", "config", "step"])
+@pytest.mark.parametrize("part", ["model", "model's tensors", "one tensor", "config", "step", "script"])
 def test_weights_alone(part, trained, go, capsys):
     saved = load_checkpoint(trained)
     model = next(v for v in saved.values() if isinstance(v, dict) and v and all(map(torch.is_tensor, v.values())))
     torch.save({"model": {"model": model}, "model's tensors": dict(model), "one tensor": next(iter(model.values())),
                 "config": {k: v for k, v in saved.items() if k != "config"},
-                "step": {k: v for k, v in saved.items() if k != "step"}}[part], trained / "checkpoint.pt")
+                "step": {k: v for k, v in saved.items() if k != "step"},
+                "script": {k: v for k, v in saved.items() if k != "script"}}[part], trained / "checkpoint.pt")
     assert "checkpoint" in refused(go, capsys, trained, "--resume")
+
+
+@every_mode
+def test_a_checkpoint_that_lacks_a_part(mode, trained, go, capsys):
+    changed(trained, lambda saved: saved.pop("ema") and None)
+    assert "ema" in refused(go, capsys, trained, *mode)
 
 
 @pytest.mark.parametrize("flag, value", [("--lr", 0.125), ("--batch-size", 8), ("--seed", 4), ("--dataset", "mnist"),
@@ -903,11 +918,39 @@ def test_fp16_skips_a_step_that_overflows_and_stops_at_a_loss_that_does(spoil, g
     assert "step 2" in error_line(capsys.readouterr().err)
 
 
+def test_fp16_stops_at_gradients_that_no_scale_makes_finite(module, go, tmp_path, capsys, monkeypatch):
+    update = module.Run.update
+
+    def spoilt(self, loss, *args):
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return update(self, loss, *args)
+
+    monkeypatch.setattr(module.Run, "update", spoilt)
+    assert go(tmp_path / "run", "--amp", "fp16", "--steps", 40, "--save-every", 100) == 1
+    assert "first bad gradient" in error_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_resumes_bit_for_bit(amp, go, tmp_path, straight):
     assert go(tmp_path / "run", "--amp", amp, "--steps", 2) == 0
     assert go(tmp_path / "run", "--amp", amp, "--resume") == 0
     assert_same_state(load_checkpoint(straight("--amp", amp)), load_checkpoint(tmp_path / "run"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_training_is_the_same(go, tmp_path, monkeypatch):
+    """--compile, with the compiler's own graphs but not its slow code generator; the checkpoint is the plain network's."""
+    functions, modules, calls = torch.compile, torch.nn.Module.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or functions(f, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: calls.append(net) or modules(net, backend="aot_eager"))
+    for flag in ("--no-compile", "--compile"):
+        assert go(tmp_path / flag, flag, "--steps", 3) == 0
+        assert bool(calls) == (flag == "--compile")
+    plain, compiled = (dict(tiny.leaves(load_checkpoint(tmp_path / flag))) for flag in ("--no-compile", "--compile"))
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- nonsense on the line
@@ -1114,6 +1157,18 @@ def test_a_folder_without_images_is_no_class(module, folder):
     (folder / "b").mkdir()
     data = load(module, folder)
     assert data.classes == 2 and sorted(set(data.train_labels.tolist())) == [0, 1]
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX/._a.png", "paper.pdf"])
+def test_a_broken_image_makes_no_class(stray, module, folder, capsys):
+    """A folder of which nothing can be read, or a file beside the classes that is no picture."""
+    for name in ("a", "c"):
+        pictures(folder / name, 5)
+    (folder / stray).parent.mkdir(exist_ok=True)
+    (folder / stray).write_bytes(b"\x00\x05\x16\x07")
+    data = load(module, folder)
+    assert len(both(data)) == 10 and data.classes == 2
+    assert stray in capsys.readouterr().err
 
 
 def test_images_beside_classes_are_not_dropped_in_silence(module, folder, capsys):

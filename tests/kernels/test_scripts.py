@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import autoregressive
 import diffusion
 import flow
+import gan
 import kernels
 import vae
 import vqgan
@@ -60,10 +61,15 @@ def test_diffusion_from_the_command_line(counted, tmp_path, monkeypatch):
         assert_close(weights[0][name], weights[1][name], rtol=1e-2, atol=1e-4)
 
 
+def in_order(value):
+    """A name for a set that is the same in every process."""
+    return str(sorted(value) if isinstance(value, set) else value)
+
+
 @pytest.mark.parametrize("fields, ran", [
     ({"arch": "pixelcnn", "output": "mixture"}, {"masked_conv2d", "gated_masked_conv2d", "logistic_mixture"}),
     ({"arch": "pixelcnn", "mask_only": True, "output": "bernoulli"}, {"masked_conv2d"}),
-    ({"arch": "transformer", "output": "softmax"}, {"attention"})], ids=str)
+    ({"arch": "transformer", "output": "softmax"}, {"attention"})], ids=in_order)
 def test_autoregressive_has_equal_likelihoods_and_gradients(fields, ran, counted):
     cfg = autoregressive.Config(width=16, blocks=1, n_head=1, patch=1, mixtures=2, **fields)
     net = autoregressive.Autoregressive(1, 4, 5, 3, cfg).to(DEVICE)
@@ -109,7 +115,7 @@ def test_vae_has_equal_bounds_and_gradients(counted):
     ({"arch": "glow", "coupling": "affine", "dequantize": "variational"}, {"affine_coupling"}),
     ({"arch": "glow", "bins": 4}, {"affine_coupling", "spline_coupling"}),
     ({"arch": "tarflow", "coupling": "affine", "n_head": 1, "layers": 1}, {"affine_coupling", "attention"}),
-    ({"arch": "tarflow", "bins": 4, "n_head": 1, "layers": 1}, {"spline_coupling", "attention"})], ids=str)
+    ({"arch": "tarflow", "bins": 4, "n_head": 1, "layers": 1}, {"spline_coupling", "attention"})], ids=in_order)
 def test_flow_has_equal_densities_and_gradients(fields, ran, counted):
     cfg = flow.choose(flow.Config(width=16, depth=1, **fields), 4, 4)
     torch.manual_seed(0)
@@ -124,6 +130,22 @@ def test_flow_has_equal_densities_and_gradients(fields, ran, counted):
         grads = torch.autograd.grad(density.mean(), list(model.parameters()), allow_unused=True)
         results[kernels.mode] = [density, *(g for g in grads if g is not None)]
     assert set(counted) == ran
+    for a, b in zip(results["torch"], results["triton"], strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
+
+
+def test_gan_has_equal_losses_and_gradients(counted):
+    """Those of D through the penalties too, which differentiate bias_act twice."""
+    cfg = gan.choose(gan.Config(width=8, z_dim=4, r1=0.3, r2=0.2), 8, 8)
+    torch.manual_seed(0)
+    G, D = (net(1, 8, 8, 3, cfg).to(DEVICE) for net in (gan.Generator, gan.Discriminator))
+    real, y, results = torch.rand(2, 1, 8, 8, device=DEVICE) * 2 - 1, torch.tensor([0, 2], device=DEVICE), {}
+    z = torch.randn(2, 4, device=DEVICE)
+    for kernels.mode in ("torch", "triton"):
+        losses = gan.loss_d(G, D, real, y, z, 5, cfg)[0].mean(), gan.loss_g(G, D, real, y, z, cfg).mean()
+        results[kernels.mode] = [*losses, *(g for loss, net in zip(losses, (D, G), strict=True)
+                                            for g in torch.autograd.grad(loss, list(net.parameters())))]
+    assert set(counted) == {"bias_act"}
     for a, b in zip(results["torch"], results["triton"], strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
 

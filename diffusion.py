@@ -641,24 +641,10 @@ def load_data(name, data_dir, image_size=0) -> Data:
     return Data(x, y.long(), x_test, y_test.long(), 10)
 
 
-def checked(kind, comment):
-    """A type for argparse: kind, held to the bound that the field's comment gives as (> 0), (>= 0) or (0 to 1)."""
-    bound = re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comment)
-
-    def convert(text):
-        value, (sign, low, high) = kind(text), bound.groups()
-        if not float(low) <= value <= float(high or sys.float_info.max) or sign == ">" and value == float(low):
-            raise argparse.ArgumentTypeError(f"{text}: must be {bound[0][1:-1]}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
 def parse_args(config_class, argv=None):
     """The command line built from the dataclass: a flag a field, its comment as help -> the config, the names given.
 
-    Whatever is wrong is one line and exit code 2.
+    A bound in the comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
@@ -672,10 +658,15 @@ def parse_args(config_class, argv=None):
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
         else:
-            options |= {"type": kind if kind is str else checked(kind, comment), "metavar": kind.__name__,
-                        "nargs": "+" if get_origin(field.type) is tuple else None}
+            options |= {"type": kind, "metavar": kind.__name__, "nargs": "+" if get_origin(field.type) is tuple else None}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    for name, value in given.items():
+        if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
+            sign, low, high = bound[1], float(bound[2]), float(bound[3] or sys.float_info.max)
+            for v in value if isinstance(value, tuple) else (value,):
+                if not low <= v <= high or sign == ">" and v == low:
+                    parser.error(f"argument --{name.replace('_', '-')}: {v}: must be {bound[0][1:-1]}")
     return config_class(**given), set(given)
 
 
@@ -709,16 +700,16 @@ def write(path, save):
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as f:
-                save(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with open(part, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror or e}", 1)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save_grid(images, path, columns):
@@ -859,9 +850,8 @@ class Run:
         if self.world > 1:  # one flat all-reduce
             flat = torch.cat([grad.flatten() for grad in grads.values()])
             dist.all_reduce(flat)
-            means = (flat / self.world).split([grad.numel() for grad in grads.values()])
-            for grad, mean in zip(grads.values(), means, strict=True):
-                grad.copy_(mean.view_as(grad))
+            for grad, mean in zip(grads.values(), flat.split([g.numel() for g in grads.values()]), strict=True):
+                grad.copy_(mean.view_as(grad) / self.world)
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
         if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales

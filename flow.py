@@ -404,10 +404,11 @@ class Step(nn.Module):
         return couple(self.kind, x, self.conv3(self.conv2(h).relu_()), self.kept, reverse)
 
     def forward(self, x, y):
-        W = self.matrix()
-        log_det = x[0, 0].numel() * (self.log_s.sum() + self.log_scale.sum())
-        x, more = self.couple(F.conv2d(x, W[:, :, None, None], W @ self.shift), y, False)
-        return x, log_det + more
+        with torch.autocast(x.device.type, enabled=False):  # --amp is for the networks, not for what passes through
+            W = self.matrix()
+            x = F.conv2d(x, W[:, :, None, None], W @ self.shift)
+        x, log_det = self.couple(x, y, False)
+        return x, log_det + x[0, 0].numel() * (self.log_s.sum() + self.log_scale.sum())
 
     def inverse(self, z, y):
         z, W = self.couple(z, y, True)[0], self.matrix()

@@ -166,6 +166,18 @@ def test_recomputing_changes_no_gradient(kind):
         assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
+@every_kind
+def test_mixed_precision_is_for_the_networks_alone(kind):
+    """What passes through stays in float32: a bfloat16 near 1 is a level of 8 bits wide."""
+    model, _ = build(kind, (1, 8, 8), std=0.1)
+    model, x, y = model.float(), batch(6, (1, 8, 8))[0].float(), torch.arange(6) % 3
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        eps, log_det = model.f(x, y)
+    assert log_det.dtype == torch.float32 and all(e.dtype == torch.float32 for e in eps)
+    with torch.no_grad():
+        assert_close(flat(eps), flat(model.f(x, y)[0]), rtol=0, atol=0.1)
+
+
 # ---- the transformer flow
 
 

@@ -17,7 +17,7 @@ Papers: GAN (Goodfellow 2014), relativistic pairing (Jolicoeur-Martineau 2019), 
   python gan.py                                                             # digits
   python gan.py --dataset mnist --minutes 10                                # MNIST on two CPU cores
   python gan.py --dataset mnist --loss wgan-gp --out runs/gan-wgan
-Results: docs/gan.md
+The second gives a Frechet distance of 0.14 on two Zen 5 cores, where real test images have 0.04. All results: docs/gan.md
 """
 
 import copy

@@ -18,7 +18,7 @@ Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), EMA codebook (VQ-VAE app
   python vqgan.py                                                           # digits
   python vqgan.py --dataset mnist --stage1 3000 --minutes 10                # MNIST on two CPU cores
   python vqgan.py --dataset photos --mode sample --sample-size 256 384      # larger than the 128 x 128 it was trained on
-Results: docs/vqgan.md
+The second gives a Frechet distance of 0.53 on two Zen 5 cores, its reconstructions 0.05. All results: docs/vqgan.md
 """
 
 import copy

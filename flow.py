@@ -229,14 +229,17 @@ class TarBlock(nn.Module):
         return x
 
     def inverse(self, z, y, how):
-        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends."""
-        if how == "jacobi":
-            x = z
-            for passes in count(1):
-                last, x = x, self.solve(z, self.features(x, y))
-                if passes == z.shape[1] or (x - last).abs().max() < 1e-5:
-                    return x, passes
+        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends; images
+        that no longer change are left out."""
         B, T, _ = z.shape
+        if how == "jacobi":
+            x, left = z.clone(), torch.arange(B, device=z.device)
+            for passes in count(1):
+                last = x[left]
+                x[left] = now = self.solve(z[left], self.features(last, y[left]))
+                left = left[(now - last).flatten(1).abs().amax(1) >= 1e-5]
+                if passes == T or len(left) == 0:
+                    return x, passes
         n_head, x, token = self.layers[0].n_head, torch.zeros_like(z), self.start(y)
         kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
         for t in range(T):

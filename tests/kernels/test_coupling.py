@@ -41,6 +41,15 @@ def spline(reverse=False, f=spline_coupling, bound=BOUND):
     return lambda x, params: f(x, params, bound, reverse)
 
 
+def by_loop(*args):
+    """The plain spline without looking bins up, as it is for many places and where gradients are asked for."""
+    few, module.FEW = module.FEW, 0
+    try:
+        return spline_coupling_torch(*args)
+    finally:
+        module.FEW = few
+
+
 affine_reference, spline_reference = (functools.partial(a, f=f) for a, f in (
     (affine, affine_coupling_reference), (spline, spline_coupling_reference)))
 
@@ -89,7 +98,7 @@ def brute_force(x, params, K, bound=BOUND):
 # ---- the references against what is independent of them
 
 
-@pytest.mark.parametrize("f", [spline_coupling_reference, spline_coupling_torch, spline_coupling])
+@pytest.mark.parametrize("f", [spline_coupling_reference, spline_coupling_torch, by_loop, spline_coupling])
 def test_spline_by_brute_force(f):
     (x, params), K = spline_inputs((3, 7), dtype=torch.float64), 4
     y, log_det = f(x, params, BOUND)
@@ -158,7 +167,7 @@ def test_affine_jacobian(f, reverse, split):
 # ---- inverses, knots, tails, extremes
 
 
-@pytest.mark.parametrize("f", [spline_coupling, spline_coupling_torch, spline_coupling_reference])
+@pytest.mark.parametrize("f", [spline_coupling, spline_coupling_torch, by_loop, spline_coupling_reference])
 def test_spline_round_trip(f):
     x, params = spline_inputs((2, 4, 3, 5), dtype=torch.float64)
     y, forward = spline(False, f)(x, params)
@@ -180,7 +189,7 @@ def test_affine_round_trip(f, split):
     assert isinstance(split, int) and split == 4 or (y - x).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("f", [spline_coupling, spline_coupling_torch])
+@pytest.mark.parametrize("f", [spline_coupling, spline_coupling_torch, by_loop])
 def test_spline_is_monotonic(f):
     x = torch.linspace(-1.2 * BOUND, 1.2 * BOUND, 301, dtype=torch.float64, device=DEVICE).view(1, 1, -1)
     params = (torch.randn(1, 14, 1, dtype=torch.float64, device=DEVICE) * 3).expand(1, 14, 301)
@@ -470,6 +479,23 @@ def test_the_plain_spline_is_the_reference(shape, K, reverse):
     agree(spline(reverse, spline_coupling_torch), spline_reference(reverse), spline_inputs(shape, K), torch.float64,
           tolerance=1e-10)
     agree(spline(reverse, spline_coupling_torch), spline_reference(reverse), spline_inputs(shape, K), tolerance=5e-4)
+
+
+@both_ways
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("K", [1, 2, 8])
+def test_bins_looked_up_or_by_the_loop(K, dtype, near, reverse):
+    """The same without gradients as with them: any place, tails, both ends, knots, steep and flat bins, not a number."""
+    x, params = spline_inputs((3, 40), K, dtype)
+    x[0, :5] = torch.tensor([-BOUND, BOUND, math.inf, -math.inf, math.nan])
+    params[1] = 1e3 * params[1].sign()
+    xs, ys, _ = knots(params[0, :3 * K - 1].double().tolist(), K)
+    x[2, :K + 1], params[2] = torch.tensor(ys if reverse else xs, dtype=dtype), params[0, :3 * K - 1].repeat(40)
+    (y, log_det), (want, log_want) = (spline(reverse, f)(x, params) for f in (spline_coupling_torch, by_loop))
+    torch.testing.assert_close(y, want, rtol=near, atol=near, equal_nan=True)
+    rows = 3 if dtype == torch.float64 else 2  # in float32 a knot rounds to either side, which have other slopes
+    torch.testing.assert_close(log_det[:rows], log_want[:rows], rtol=100 * near, atol=100 * near)
+    assert want[0, 4].isnan() and want[1:].isfinite().all()
 
 
 @both_ways

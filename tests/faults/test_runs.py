@@ -1297,9 +1297,10 @@ def test_a_wide_image_is_cropped_at_its_centre_and_not_squeezed(module, folder):
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (28, 28), (33, 49)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_image_sizes(size, mode, folder, trains):
+def test_image_sizes(size, mode, folder, trains, module):
     pictures(folder, 3, size=size[::-1], mode=mode)
-    assert trains(folder, "--num-samples", 2).shape == (2, *size, len(mode) if mode == "RGB" else 1)
+    more = ["--inverse", "jacobi"] if module.__name__ == "flow" and max(size) > 16 else []  # not each number by itself
+    assert trains(folder, "--num-samples", 2, *more).shape == (2, *size, len(mode) if mode == "RGB" else 1)
 
 
 @pytest.mark.parametrize("size", [1, 5, 16])

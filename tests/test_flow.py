@@ -335,6 +335,16 @@ def test_every_option_runs(digits, tmp_path, flags):
         assert final(out)["compare_bpd"] == final(out)["test_bpd"]
 
 
+@pytest.mark.parametrize("arch", ["tarflow", "glow"])
+def test_interpolations_end_in_test_images(digits, tmp_path, monkeypatch, arch):
+    grids = {}
+    monkeypatch.setattr(flow, "save_grid", lambda images, path, columns: grids.update({path.name: images}))
+    flow.main([*TINY, "--out", str(tmp_path / "run"), "--arch", arch])
+    rows = grids["interpolations.png"].unflatten(0, (8, 10)).int()  # there are 8 test images
+    assert (rows[:, 0] - digits.test.int()).abs().max() <= 1
+    assert (rows[:, -1] - digits.test.roll(1, 0).int()).abs().max() <= 1
+
+
 def test_temperature_nought_gives_one_image_a_class(digits, tmp_path):
     flow.main([*TINY, "--out", str(tmp_path / "run"), "--temperature", "0", "--label", "1"])
     images = np.load(tmp_path / "run" / "samples.npz")["images"]

@@ -238,6 +238,15 @@ def test_every_option_runs(digits, tmp_path, flags):
     assert all(math.isfinite(final(out)[f"test_{name}"]) for name in ("diversity", "feature_diversity", "d_train", "d_fake"))
 
 
+def test_evaluation_is_of_all_classes(digits, tmp_path):
+    """--label is for samples: test images of every class are compared with samples of every class."""
+    out = ["--out", str(tmp_path / "run")]
+    gan.main([*TINY, *out])
+    whole = final(tmp_path / "run")
+    gan.main([*TINY, *out, "--mode", "eval", "--label", "2"])
+    assert {k: v for k, v in final(tmp_path / "run").items() if "test" in k} == {k: v for k, v in whole.items() if "test" in k}
+
+
 def test_the_averaged_generator_is_never_trained(digits, tmp_path):
     """Its weights are the average of the generator's, computed here from those of every step."""
     seen, update = [], gan.update_ema

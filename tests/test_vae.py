@@ -453,3 +453,15 @@ def test_a_short_training_learns_digits(flags, tmp_path):
     out = tmp_path / "run"
     vae.main(["--steps", "300", "--kl-warmup", "100", "--iw-samples", "20", "--num-samples", "8", "--out", str(out), *flags])
     assert final(out)["test_iw_20"] < 25.3 and final(out)["test_kl_1"] > 1
+
+
+def test_the_manifold_has_the_priors_quantiles(digits, tmp_path, monkeypatch):
+    """Of whatever prior: the first number of z grows to the right, the second upwards, from its 2 % to its 98 % quantile."""
+    seen, descend = [], vae.descend
+    prior = torch.stack([torch.linspace(0, 1, 101), torch.linspace(10, 30, 101)], 1)
+    monkeypatch.setattr(vae, "sample_prior", lambda model, n, temperature=1.0: prior[torch.arange(n) % 101])
+    monkeypatch.setattr(vae, "descend", lambda model, z, temperature: seen.append(z) or descend(model, z, temperature))
+    vae.main([*TINY, "--out", str(tmp_path / "run"), "--z-dim", "2"])
+    grid = next(z for z in seen if len(z) == 400).view(20, 20, 2)
+    assert_close(grid[:, :, 0], torch.linspace(0.02, 0.98, 20).expand(20, 20), atol=0.01, rtol=0)
+    assert_close(grid[:, :, 1], torch.linspace(29.6, 10.4, 20)[:, None].expand(20, 20), atol=0.2, rtol=0)

@@ -74,7 +74,7 @@ class Config:
     steps: int | None = None  # optimizer steps of both stages, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 32  # images a step, over all processes (> 0)
-    lr: float = 1e-3  # learning rate of Adam (> 0)
+    lr: float = 1e-3  # learning rate of Adam, of the autoencoder and the discriminator (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
@@ -88,7 +88,7 @@ class Config:
     log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
     # stage 1, the autoencoder
-    stage1: int = 1000  # the first steps train the autoencoder, those after them the transformer over its codes (> 0)
+    stage1: int = 1600  # the first steps train the autoencoder, those after them the transformer over its codes (> 0)
     quantizer: Literal["vq", "fsq", "simvq"] = "vq"  # codebook of moving averages, fixed levels, frozen codebook
     codes: int = 256  # size of the codebook of vq and simvq (> 0)
     code_dim: int = 0  # numbers a code stands for; 0: 16 of vq, 8 of simvq (>= 0)
@@ -104,6 +104,7 @@ class Config:
     # stage 2, the transformer
     prior_width: int = 128  # channels (> 0)
     prior_blocks: int = 4  # transformer blocks (> 0)
+    prior_lr: float = 3e-3  # learning rate of Adam (> 0)
     n_head: int = 4  # attention heads (> 0)
     dropout: float = 0.1  # dropout in the blocks (0 to 1)
     labels: bool = True  # condition the transformer on the class
@@ -387,7 +388,9 @@ class Prior(nn.Module):
         if w % cfg.n_head:
             raise ValueError(f"--n-head {cfg.n_head} does not divide --prior-width {w}")
         self.embed, self.start = nn.Embedding(codes, w), nn.Embedding(max(classes, 1), w)
-        self.at_row, self.at_column = (nn.Parameter(0.1 * torch.randn(n, w)) for n in (rows, columns))
+        self.at_row, self.at_column = (nn.Parameter(torch.empty(n, w)) for n in (rows, columns))
+        for table in (self.embed.weight, self.start.weight, self.at_row, self.at_column):
+            nn.init.normal_(table, std=0.3)  # what stands there and where are heard alike from the start
         self.blocks = nn.ModuleList(TransformerBlock(w, cfg.n_head, cfg.dropout) for _ in range(cfg.prior_blocks))
         self.norm, self.out = nn.LayerNorm(w), nn.Linear(w, codes)
 
@@ -546,8 +549,8 @@ def train(nets, data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step of either stage."""
     model, D, prior, ema, ema_prior = nets.values()
     trained = [[p for p in net.parameters() if p.requires_grad] for net in (model, D, prior)]
-    optimizers = [torch.optim.Adam(p, cfg.lr, betas, fused=True) for p, betas in zip(
-        trained, ((0.5, 0.9), (0.5, 0.9), (0.9, 0.99)), strict=True)]
+    optimizers = [torch.optim.Adam(p, lr, betas, fused=True) for p, lr, betas in zip(
+        trained, (cfg.lr, cfg.lr, cfg.prior_lr), ((0.5, 0.9), (0.5, 0.9), (0.9, 0.99)), strict=True)]
     parts = nets | {f"optimizer_{name}": o for name, o in zip(("model", "D", "prior"), optimizers, strict=True)}
     lpips = load_lpips(run.device, min(data.train.shape[2:])) if cfg.perceptual == "lpips" else None
     run.begin(parts)
@@ -557,7 +560,7 @@ def train(nets, data, cfg, run):
     for step in run.steps():
         first = step < cfg.stage1
         since = step if first else step - cfg.stage1  # steps of this stage before
-        lr = cfg.lr * min(1, (since + 1) / (cfg.warmup + 1), (cfg.decay / (since + 1)) ** 0.5)
+        lr = (cfg.lr if first else cfg.prior_lr) * min(1, (since + 1) / (cfg.warmup + 1), (cfg.decay / (since + 1)) ** 0.5)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
         if step in (cfg.disc_start, cfg.stage1):  # other metrics from here on

@@ -402,7 +402,7 @@ def test_photos_are_crops_of_two_pictures_train_and_test_apart():
     from sklearn.datasets import load_sample_images
 
     for image, crops in zip(load_sample_images().images, data.test.split(2), strict=True):
-        windows = torch.from_numpy(image).unfold(0, 64, 1).unfold(1, 64, 1)  # (364, 577, 3, 64, 64)
+        windows = torch.from_numpy(image.copy()).unfold(0, 64, 1).unfold(1, 64, 1)  # (364, 577, 3, 64, 64)
         for crop in crops:
             where = (windows[:, :, :, 0] == crop[:, 0]).all(-1).all(-1).nonzero()
             assert len(where) and where[:, 1].min() >= 480

@@ -549,8 +549,8 @@ def train(nets, data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step of either stage."""
     model, D, prior, ema, ema_prior = nets.values()
     trained = [[p for p in net.parameters() if p.requires_grad] for net in (model, D, prior)]
-    optimizers = [torch.optim.Adam(p, lr, betas, fused=True) for p, lr, betas in zip(
-        trained, (cfg.lr, cfg.lr, cfg.prior_lr), ((0.5, 0.9), (0.5, 0.9), (0.9, 0.99)), strict=True)]
+    optimizers = [torch.optim.Adam(p, betas=betas, fused=True) for p, betas in zip(  # each step sets the rate
+        trained, ((0.5, 0.9), (0.5, 0.9), (0.9, 0.99)), strict=True)]
     parts = nets | {f"optimizer_{name}": o for name, o in zip(("model", "D", "prior"), optimizers, strict=True)}
     lpips = load_lpips(run.device, min(data.train.shape[2:])) if cfg.perceptual == "lpips" else None
     run.begin(parts)

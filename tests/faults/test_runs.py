@@ -896,12 +896,14 @@ def test_the_first_step_not_finite(spoil, go, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run")["step"] == 0
 
 
-def test_a_learning_rate_that_is_far_too_large(go, tmp_path, capsys):
+def test_a_learning_rate_that_is_far_too_large(go, tmp_path, capsys, module):
     """Whether the weights, the loss or the gradient go first: it stops, and no file holds a number that is not finite."""
-    code = go(tmp_path / "run", "--lr", "1e38", "--save-every", 1, "--steps", 20)
-    assert code == 1
-    assert "--lr" in error_line(capsys.readouterr().err)
-    assert all(v.isfinite().all() for _, v in tiny.leaves(load_checkpoint(tmp_path / "run")) if torch.is_tensor(v))
+    flags = {"vqgan": [["--lr", "1e38", "--stage1", 20], ["--prior-lr", "1e38"]]}.get(module.__name__, [["--lr", "1e38"]])
+    for i, rate in enumerate(flags):
+        out = tmp_path / f"run{i}"
+        assert go(out, *rate, "--save-every", 1, "--steps", 20) == 1
+        assert "a smaller learning rate" in error_line(capsys.readouterr().err)
+        assert all(v.isfinite().all() for _, v in tiny.leaves(load_checkpoint(out)) if torch.is_tensor(v))
 
 
 @pytest.mark.parametrize("value", ["inf", "1e999"])

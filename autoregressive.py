@@ -226,7 +226,7 @@ class Head(nn.Module):
         out = self.out(h)
         if self.shape[0] > 1:
             e = self.embed(x.permute(0, 2, 3, 1)).flatten(3).permute(0, 3, 1, 2)  # (B, C*8, H, W)
-            out = out + self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.before)))
+            out += self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.before)))
         return out.unflatten(1, self.shape)
 
 
@@ -268,7 +268,8 @@ def log_prob(params, x, output):
     if output == "bernoulli":
         return F.logsigmoid((2 * x - 1) * params[:, :, 0])
     if output == "softmax":
-        return torch.log_softmax(params, 2).gather(2, x[:, :, None])[:, :, 0]
+        logits, x = params.permute(0, 3, 4, 1, 2), x.permute(0, 2, 3, 1)  # as they lie in memory, the levels last
+        return -F.cross_entropy(logits.flatten(0, 3), x.flatten(), reduction="none").view_as(x).permute(0, 3, 1, 2)
     return logistic_mixture(x.flatten(0, 1)[:, None].float(), params.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 

@@ -64,7 +64,7 @@ def masked_conv2d_torch(x, weight, bias=None, mask_type="B"):
     live = weight[:, :, :rows, :columns]
     if taps < rows * columns:
         live = live * (torch.arange(rows * columns, device=x.device).view(rows, columns) < taps)
-    if columns < kw and _last(x) and x.numel() <= SMALL and not AVX512:  # one row: its taps side by side, and one matrix product
+    if columns < kw and _last(x) and x.numel() <= SMALL and not AVX512:  # one row: its taps side by side
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, 0))  # (B, H, left + W, C)
         seen = torch.cat([padded[:, :, v:v + W] for v in range(taps)], 3)
         return F.linear(seen, live.permute(0, 3, 2, 1).flatten(1), bias).permute(0, 3, 1, 2)

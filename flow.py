@@ -129,13 +129,6 @@ class Config:
 # ---- the model: f takes x (B,C,H,W) in [-1,1] and labels y (B,) to noise, a list of tensors, and log |det|, (B,)
 
 
-def zero(module):
-    """Start a coupling, a split or a block as the identity."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
-
-
 def each(cfg):
     """Parameters of a transformed number."""
     return {"additive": 1, "affine": 2, "spline": 3 * cfg.bins - 1}[cfg.coupling]
@@ -254,23 +247,6 @@ class TarBlock(nn.Module):
         return x, T
 
 
-EDGE = 5.0  # deviations; from there on the curve is a straight line, so that it is one of all numbers to all
-
-
-def to_normal(u):
-    """Numbers (B,T,D) uniform in [-1,1] to standard normal ones, and log |det|."""
-    edge = math.erf(EDGE / math.sqrt(2))
-    inside = u.clamp(-edge, edge)
-    z = math.sqrt(2) * torch.erfinv(inside)
-    log_slope = 0.5 * math.log(math.pi / 2) + z**2 / 2
-    return z + (u - inside) * torch.exp(log_slope), log_slope.flatten(1).sum(1)
-
-
-def from_normal(z):
-    inside = z.clamp(-EDGE, EDGE)
-    return torch.erf(inside / math.sqrt(2)) + (z - inside) * math.sqrt(2 / math.pi) * math.exp(-EDGE**2 / 2)
-
-
 class TarFlow(nn.Module):
     """Blocks over the numbers of the patches in raster order, and back to front in every second one."""
 
@@ -353,6 +329,26 @@ def denoise(model, v, y, deviation):
     return v.detach() + deviation**2 * score
 
 
+# ---- what tarflow with splines ends in: uniform numbers become normal ones
+
+
+EDGE = 5.0  # deviations; from there on the curve is a straight line, so that it is one of all numbers to all
+
+
+def to_normal(u):
+    """Numbers (B,T,D) uniform in [-1,1] to standard normal ones, and log |det|."""
+    edge = math.erf(EDGE / math.sqrt(2))
+    inside = u.clamp(-edge, edge)
+    z = math.sqrt(2) * torch.erfinv(inside)
+    log_slope = 0.5 * math.log(math.pi / 2) + z**2 / 2
+    return z + (u - inside) * torch.exp(log_slope), log_slope.flatten(1).sum(1)
+
+
+def from_normal(z):
+    inside = z.clamp(-EDGE, EDGE)
+    return torch.erf(inside / math.sqrt(2)) + (z - inside) * math.sqrt(2 / math.pi) * math.exp(-EDGE**2 / 2)
+
+
 # ---- noise that is learned
 
 
@@ -378,6 +374,13 @@ class Dequantizer(nn.Module):
 
 
 # ---- the classical flow: couplings at several scales
+
+
+def zero(module):
+    """Start a coupling, a split or a block as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
 
 
 class Step(nn.Module):

@@ -120,72 +120,7 @@ class Config:
     complete: Literal["no", "top", "left"] = "no"  # this half of test images is given, and completed
 
 
-# ---- stage 1: encoder x (B,C,H,W) in [-1,1] -> z (B,D,h,w), quantizer z -> z_q, decoder z_q -> x_hat
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    def __init__(self, channels):
-        super().__init__(math.gcd(channels, max(channels // 8, 1)), channels)
-
-    def forward(self, x):
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias)
-
-
-def zero(layer):
-    """Start a residual branch at nothing."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class ResBlock(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm1, self.conv1 = GroupNormSiLU(width), nn.Conv2d(width, width, 3, padding=1)
-        self.norm2, self.conv2 = GroupNormSiLU(width), zero(nn.Conv2d(width, width, 3, padding=1))
-
-    def forward(self, x):
-        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
-
-
-class SelfAttention(nn.Module):
-    """Of every position over all, one head."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), zero(nn.Linear(width, width))
-
-    def forward(self, x):
-        tokens = x.flatten(2).transpose(1, 2)  # (B, h*w, C)
-        q, k, v = self.qkv(self.norm(tokens))[:, None].chunk(3, 3)
-        return x + self.proj(attention(q, k, v)[:, 0]).transpose(1, 2).view_as(x)
-
-
-def residual(width, blocks):
-    return nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
-
-
-class Encoder(nn.Sequential):
-    """Half the resolution by folding 2 x 2 pixels into channels, then by a convolution of stride 2 each time."""
-
-    def __init__(self, channels, D, widths, blocks):
-        layers = [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, widths[0], 3, padding=1)]
-        for w, lower in zip(widths, [*widths[1:], None], strict=True):
-            layers += [residual(w, blocks), *([nn.Conv2d(w, lower, 3, 2, 1)] if lower else [SelfAttention(w), ResBlock(w)])]
-        super().__init__(*layers, GroupNormSiLU(widths[-1]), nn.Conv2d(widths[-1], D, 1))
-
-
-class Decoder(nn.Sequential):
-    """All but the last convolution, whose weight the adaptive weight asks for: z_q (B,D,h,w) -> (B,width,H/2,W/2)."""
-
-    def __init__(self, D, widths, blocks):
-        layers = [nn.Conv2d(D, widths[-1], 3, padding=1), ResBlock(widths[-1]), SelfAttention(widths[-1])]
-        for w, upper in zip(widths[::-1], [*widths[-2::-1], None], strict=True):
-            layers += [residual(w, blocks)]
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w, upper, 3, padding=1)] if upper else [GroupNormSiLU(w)]
-        super().__init__(*layers)
-
-
+# ---- stage 1: encoder x (B,C,H,W) in [-1,1] -> z (B,D,h,w), quantizer z -> z_q, decoder z_q -> x_hat (the networks: below)
 # A quantizer: z (B,h,w,D) -> z_q of its shape, with z's gradient; indices (B,h,w) int64 in {0..K-1}; its loss, a number
 
 
@@ -222,51 +157,6 @@ class VQ(nn.Module):
         return F.embedding(indices, self.codebook)
 
 
-class SimVQ(nn.Module):
-    """Codes are one learned linear map of frozen random vectors, so that all of them move whichever are used."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.beta, self.linear = cfg.beta, nn.Linear(cfg.code_dim, cfg.code_dim, bias=False)
-        self.register_buffer("frozen", torch.randn(cfg.codes, cfg.code_dim) * cfg.code_dim**-0.5)
-        nn.init.eye_(self.linear.weight)
-
-    def forward(self, z):
-        z_q, indices, _ = nearest_code(z, self.linear(self.frozen))
-        loss = F.mse_loss(z.detach(), z_q) + self.beta * F.mse_loss(z, z_q.detach())
-        return straight_through(z, z_q), indices, loss
-
-    def lookup(self, indices):
-        return self.linear(F.embedding(indices, self.frozen))
-
-
-class FSQ(nn.Module):
-    """Each number is bounded and rounded to one of a few levels; the code is what they are together."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        levels = torch.tensor(cfg.levels, dtype=torch.float32)
-        self.register_buffer("levels", levels, persistent=False)
-        self.register_buffer("basis", torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0).long(), persistent=False)
-
-    def bound(self, z):
-        """Into the open range that rounds to {0 .. levels - 1}."""
-        shift = torch.atanh((self.levels + 1) % 2 / (self.levels - 1))  # so that z = 0 is a level, not between two
-        return (torch.tanh(z - shift) + 1) * (self.levels - 1) / 2
-
-    def forward(self, z):
-        bounded = self.bound(z)
-        digits = bounded.detach().round()
-        z_q = self.scale(straight_through(bounded, digits))
-        return z_q, (digits.long() * self.basis).sum(-1), z.new_zeros(())
-
-    def scale(self, digits):
-        return 2 * digits / (self.levels - 1) - 1  # [-1,1]
-
-    def lookup(self, indices):
-        return self.scale(indices[..., None] // self.basis % self.levels)
-
-
 class Autoencoder(nn.Module):
     """Any H and W: the image is padded with its last row and column to whole codes, and cropped back."""
 
@@ -294,23 +184,6 @@ class Autoencoder(nn.Module):
     def decode(self, z_q):
         """z_q (B,h,w,D), quantizer.lookup(indices) for one, -> (B,C,h*downsample,w*downsample)."""
         return F.pixel_shuffle(self.last(self.decoder(z_q.permute(0, 3, 1, 2))), 2)
-
-
-class Discriminator(nn.Module):
-    """x (B,C,H,W) -> a score for every patch of about 23 x 23 pixels, and the features below them."""
-
-    def __init__(self, channels, width=32):
-        super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, 2, 1), nn.Conv2d(width, 2 * width, 3, 2, 1),
-                                    nn.Conv2d(2 * width, 4 * width, 3, padding=1)])
-        self.out = nn.Conv2d(4 * width, 1, 3, padding=1)
-
-    def forward(self, x):
-        features = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.2)
-            features.append(x)
-        return self.out(x), features
 
 
 # ---- the maths of stage 1
@@ -458,6 +331,137 @@ def sample(prior, y, noise, cfg, given=None):
         drawn = (noise[:, i, j, None] * cdf[:, -1:] >= cdf[:, :-1]).sum(1)
         x[:, i, j] = torch.where(free[:, i, j], drawn, x[:, i, j])
     return x
+
+
+# ---- two other quantizers
+
+
+class SimVQ(nn.Module):
+    """Codes are one learned linear map of frozen random vectors, so that all of them move whichever are used."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.beta, self.linear = cfg.beta, nn.Linear(cfg.code_dim, cfg.code_dim, bias=False)
+        self.register_buffer("frozen", torch.randn(cfg.codes, cfg.code_dim) * cfg.code_dim**-0.5)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, z):
+        z_q, indices, _ = nearest_code(z, self.linear(self.frozen))
+        loss = F.mse_loss(z.detach(), z_q) + self.beta * F.mse_loss(z, z_q.detach())
+        return straight_through(z, z_q), indices, loss
+
+    def lookup(self, indices):
+        return self.linear(F.embedding(indices, self.frozen))
+
+
+class FSQ(nn.Module):
+    """Each number is bounded and rounded to one of a few levels; the code is what they are together."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        levels = torch.tensor(cfg.levels, dtype=torch.float32)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("basis", torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0).long(), persistent=False)
+
+    def bound(self, z):
+        """Into the open range that rounds to {0 .. levels - 1}."""
+        shift = torch.atanh((self.levels + 1) % 2 / (self.levels - 1))  # so that z = 0 is a level, not between two
+        return (torch.tanh(z - shift) + 1) * (self.levels - 1) / 2
+
+    def forward(self, z):
+        bounded = self.bound(z)
+        digits = bounded.detach().round()
+        z_q = self.scale(straight_through(bounded, digits))
+        return z_q, (digits.long() * self.basis).sum(-1), z.new_zeros(())
+
+    def scale(self, digits):
+        return 2 * digits / (self.levels - 1) - 1  # [-1,1]
+
+    def lookup(self, indices):
+        return self.scale(indices[..., None] // self.basis % self.levels)
+
+
+# ---- the networks of stage 1
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    def __init__(self, channels):
+        super().__init__(math.gcd(channels, max(channels // 8, 1)), channels)
+
+    def forward(self, x):
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias)
+
+
+def zero(layer):
+    """Start a residual branch at nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.conv1 = GroupNormSiLU(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = GroupNormSiLU(width), zero(nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+class SelfAttention(nn.Module):
+    """Of every position over all, one head."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), zero(nn.Linear(width, width))
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        q, k, v = self.qkv(self.norm(tokens))[:, None].chunk(3, 3)
+        return x + self.proj(attention(q, k, v)[:, 0]).transpose(1, 2).view_as(x)
+
+
+def residual(width, blocks):
+    return nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
+
+
+class Encoder(nn.Sequential):
+    """Half the resolution by folding 2 x 2 pixels into channels, then by a convolution of stride 2 each time."""
+
+    def __init__(self, channels, D, widths, blocks):
+        layers = [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, widths[0], 3, padding=1)]
+        for w, lower in zip(widths, [*widths[1:], None], strict=True):
+            layers += [residual(w, blocks), *([nn.Conv2d(w, lower, 3, 2, 1)] if lower else [SelfAttention(w), ResBlock(w)])]
+        super().__init__(*layers, GroupNormSiLU(widths[-1]), nn.Conv2d(widths[-1], D, 1))
+
+
+class Decoder(nn.Sequential):
+    """All but the last convolution, whose weight the adaptive weight asks for: z_q (B,D,h,w) -> (B,width,H/2,W/2)."""
+
+    def __init__(self, D, widths, blocks):
+        layers = [nn.Conv2d(D, widths[-1], 3, padding=1), ResBlock(widths[-1]), SelfAttention(widths[-1])]
+        for w, upper in zip(widths[::-1], [*widths[-2::-1], None], strict=True):
+            layers += [residual(w, blocks)]
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(w, upper, 3, padding=1)] if upper else [GroupNormSiLU(w)]
+        super().__init__(*layers)
+
+
+class Discriminator(nn.Module):
+    """x (B,C,H,W) -> a score for every patch of about 23 x 23 pixels, and the features below them."""
+
+    def __init__(self, channels, width=32):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, 2, 1), nn.Conv2d(width, 2 * width, 3, 2, 1),
+                                    nn.Conv2d(2 * width, 4 * width, 3, padding=1)])
+        self.out = nn.Conv2d(4 * width, 1, 3, padding=1)
+
+    def forward(self, x):
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+            features.append(x)
+        return self.out(x), features
 
 
 # ---- the loops

@@ -288,9 +288,11 @@ def test_bytes(small):
 # ---- the plain form
 
 
+@pytest.mark.parametrize("avx512", [True, False])  # which decides on the form of one-row kernels
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape, k, mask_type", [*KERNELS, *(((2, 3, 5, 4), (5, 5), m) for m in MASKS)])
-def test_the_plain_form_is_the_reference(shape, k, mask_type, channels_last):
+def test_the_plain_form_is_the_reference(monkeypatch, avx512, shape, k, mask_type, channels_last):
+    monkeypatch.setattr(module, "AVX512", avx512)
     given = inputs(shape, 4, k, channels_last, cond="vector")
     agree(masked_conv2d_torch, masked_conv2d_reference, (*given[:3], mask_type), torch.float64)
     agree(gated_masked_conv2d_torch, gated_masked_conv2d_reference, (*given, mask_type), torch.float64)

@@ -383,8 +383,7 @@ class MADE(nn.Module):
         for i, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
             h = F.linear(h, weight, layer.bias)
             h = self.dropout(F.relu(h + self.label(y) if i == 0 else h))
-        h = F.linear(h, out, self.out.bias)
-        return h.view(B, H * W, -1).transpose(1, 2).reshape(B, -1, H, W)
+        return F.linear(h, out, self.out.bias).view(B, H, W, -1).permute(0, 3, 1, 2)
 
 
 # ---- the remedy: caches, so that a position costs a position's work

@@ -293,10 +293,10 @@ def loss(model, x, cfg, weight=1.0):
     return weight * kls.mean(1).clamp(min=cfg.free_bits).sum() - log_px.mean(), log_px, kls
 
 
-def log_weights(model, x, k, cfg):
-    """k draws of log p(x, z) - log q(z | x), (B,k)."""
-    e = [a.repeat_interleave(k, 0) for a in model.encode(scale(model, x))]
-    params, draws = infer(model, e)
+def log_weights(model, x, k, cfg, e=None):
+    """k draws of log p(x, z) - log q(z | x), (B,k). e: model.encode(scale(model, x)), where it is there already."""
+    e = model.encode(scale(model, x)) if e is None else e
+    params, draws = infer(model, [a.repeat_interleave(k, 0) for a in e])
     log_w = log_prob(params, x.repeat_interleave(k, 0), cfg.likelihood) + sum(d.log_p - d.log_q for d in draws)
     return log_w.view(len(x), k)
 
@@ -441,7 +441,8 @@ def evaluate(ema, data, cfg, run):
     each = min(cfg.iw_samples, 4)  # draws at once, few enough to stay in the cache
     for x in test.split(BATCH):
         x = x.to(run.device)
-        params, draws = infer(ema, ema.encode(scale(ema, x)))
+        e = ema.encode(scale(ema, x))
+        params, draws = infer(ema, e)
         log_px = log_prob(params, x, cfg.likelihood)
         metrics = {"elbo": sum(d.kl for d in draws) - log_px, "reconstruction": -log_px}
         for i, d in enumerate(draws):
@@ -450,7 +451,7 @@ def evaluate(ema, data, cfg, run):
         chunks = []
         while len(chunks) * each < cfg.iw_samples:
             run.check()
-            chunks.append(log_weights(ema, x, each, cfg).cpu().double())
+            chunks.append(log_weights(ema, x, each, cfg, e).cpu().double())
         log_w = torch.cat(chunks, 1)[:, :cfg.iw_samples]
         for k in {10**i for i in range(9) if 10**i <= cfg.iw_samples} | {cfg.iw_samples}:
             metrics[f"iw_{k}"] = -iw_bound(log_w, k)

@@ -222,16 +222,17 @@ class TarBlock(nn.Module):
         return x
 
     def inverse(self, z, y, how):
-        """x from z, and the passes it took. Fixed point: the first n positions are right after n passes, so it ends; images
-        that no longer change are left out."""
+        """x from z, passes used. Fixed point: what lies behind a change is solved again, so n are right after n passes."""
         B, T, _ = z.shape
         if how == "jacobi":
-            x, left = z.clone(), torch.arange(B, device=z.device)
+            x, todo = z.clone(), torch.ones(B, T, dtype=torch.bool, device=z.device)
             for passes in count(1):
-                last = x[left]
-                x[left] = now = self.solve(z[left], self.features(last, y[left]))
-                left = left[(now - last).flatten(1).abs().amax(1) >= 1e-5]
-                if passes == T or len(left) == 0:
+                left = todo.any(1)  # images
+                h = self.features(x[left], y[left])[todo[left]]
+                now, changed = self.solve(z[todo][:, None], h[:, None])[:, 0], torch.zeros_like(todo)
+                changed[todo] = (now - x[todo]).abs().amax(1) >= 1e-5
+                x[todo], todo = now, changed.cumsum(1) > changed
+                if not todo.any():
                     return x, passes
         n_head, x, token = self.layers[0].n_head, torch.zeros_like(z), self.start(y)
         kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]

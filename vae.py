@@ -86,7 +86,7 @@ class Config:
     z_channels: int = 4  # channels of the latents below (> 0)
     patch: int = 0  # pixels a side folded into channels at the door; 0: 2 below 16 pixels, else 4 (>= 0)
     width: int = 32  # channels of encoder and decoder (> 0)
-    blocks: int = 1  # residual blocks a level, up and down (>= 0)
+    blocks: int = 0  # residual blocks a level, up and down; 0: 1, in a chain 2 (>= 0)
     hidden: int = 128  # units of the networks in the flow prior and in IAF (> 0)
     flow_steps: int = 4  # couplings of the flow prior, steps of IAF (> 0)
     pseudo_inputs: int = 100  # components of the VampPrior (> 0)
@@ -384,8 +384,8 @@ BATCH = 250  # images at once in evaluation and sampling, so that their results 
 
 
 def choose(cfg, H, W):
-    """cfg, with what the size of the images decides where nothing was said."""
-    cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
+    """cfg, with what the size of the images and the number of levels decide where nothing was said."""
+    cfg.patch, cfg.blocks = cfg.patch or (2 if min(H, W) < 16 else 4), cfg.blocks or (2 if cfg.levels > 1 else 1)
     return cfg
 
 

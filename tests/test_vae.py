@@ -20,7 +20,7 @@ from vae import VAE, Config, Level, elbo, gaussian_kl, infer, iw_bound, log_norm
 KINDS = {"plain": {}, "flow": {"prior": "flow"}, "vamp": {"prior": "vamp"}, "iaf": {"posterior": "iaf"},
          "levels": {"levels": 3}, "all": {"prior": "flow", "posterior": "iaf", "levels": 2},
          "vamp and iaf": {"prior": "vamp", "posterior": "iaf", "levels": 2}}
-SMALL = {"width": 8, "hidden": 12, "z_dim": 3, "z_channels": 2, "patch": 2, "flow_steps": 2, "pseudo_inputs": 5, "mixtures": 2}
+SMALL = {"width": 8, "blocks": 1, "hidden": 12, "z_dim": 3, "z_channels": 2, "patch": 2, "flow_steps": 2, "pseudo_inputs": 5, "mixtures": 2}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -377,7 +377,7 @@ def final(out):
 @pytest.mark.parametrize("flags", [
     "--prior flow", "--prior vamp", "--posterior iaf", "--levels 3 --free-bits 0.1", "--likelihood mixture --mixtures 2",
     "--prior vamp --posterior iaf --levels 2", "--binarize static --beta 0.5", "--z-dim 2 --patch 4 --image-size 11",
-    "--temperature 0.5 --blocks 0", "--amp bf16 --kernels torch", "--minutes 0.02 --kl-warmup 0"])
+    "--temperature 0.5 --blocks 2", "--amp bf16 --kernels torch", "--minutes 0.02 --kl-warmup 0"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     vae.main([*TINY, "--out", str(out), *flags.split()])

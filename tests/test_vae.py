@@ -20,7 +20,8 @@ from vae import VAE, Config, Level, elbo, gaussian_kl, infer, iw_bound, log_norm
 KINDS = {"plain": {}, "flow": {"prior": "flow"}, "vamp": {"prior": "vamp"}, "iaf": {"posterior": "iaf"},
          "levels": {"levels": 3}, "all": {"prior": "flow", "posterior": "iaf", "levels": 2},
          "vamp and iaf": {"prior": "vamp", "posterior": "iaf", "levels": 2}}
-SMALL = {"width": 8, "blocks": 1, "hidden": 12, "z_dim": 3, "z_channels": 2, "patch": 2, "flow_steps": 2, "pseudo_inputs": 5, "mixtures": 2}
+SMALL = {"width": 8, "blocks": 1, "hidden": 12, "z_dim": 3, "z_channels": 2, "patch": 2, "flow_steps": 2,
+         "pseudo_inputs": 5, "mixtures": 2}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -385,7 +385,8 @@ BATCH = 250  # images at once in evaluation and sampling, so that their results 
 
 def choose(cfg, H, W):
     """cfg, with what the size of the images and the number of levels decide where nothing was said."""
-    cfg.patch, cfg.blocks = cfg.patch or (2 if min(H, W) < 16 else 4), cfg.blocks or (2 if cfg.levels > 1 else 1)
+    cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
+    cfg.blocks = cfg.blocks or (2 if cfg.levels > 1 else 1)
     return cfg
 
 
@@ -863,7 +864,7 @@ class Run:
         dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
-    def update(self, loss, model, optimizer, max_norm=1.0):
+    def update(self, loss, model, optimizer, rate="--lr", max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -878,7 +879,7 @@ class Run:
         if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
-                 "checkpoint, a smaller learning rate may help", 1)
+                 f"checkpoint, a smaller {rate} may help", 1)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()

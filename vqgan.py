@@ -593,7 +593,7 @@ def train(nets, data, cfg, run):
             with run.autocast():
                 loss = nll(prior, batch, y).mean() / batch[0].numel()
             terms = {"bits_per_code": loss / math.log(2)}
-            norm = run.update(loss, prior, optimizers[2])
+            norm = run.update(loss, prior, optimizers[2], "--prior-lr")
             update_ema(ema_prior, prior, since, cfg.ema)
         run.log(loss=loss, **terms, grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
@@ -1021,7 +1021,7 @@ class Run:
         dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
 
-    def update(self, loss, model, optimizer, max_norm=1.0):
+    def update(self, loss, model, optimizer, rate="--lr", max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -1036,7 +1036,7 @@ class Run:
         if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
             bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
             fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
-                 "checkpoint, a smaller learning rate may help", 1)
+                 f"checkpoint, a smaller {rate} may help", 1)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
 
 BLOCKS = {2: (128, 64, 32), 4: (64, 32, 16)}  # bytes of an element: pixels, output channels (half where gated), input channels
-SMALL = 2**16  # plain form: so few elements of x make a matrix product faster than a convolution
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # where convolutions are always faster
+SMALL = 2**16  # plain form, on a CPU without AVX-512: so few elements of x make a product faster than a convolution
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of such CPUs a Zen 5 was timed: convolutions win
 CHUNK, MAX_CHUNKS = 512, 64  # dweight: the fewest pixels to sum apart, the most sums
 MASKS = ("A", "B", "vertical A", "vertical B")
 
@@ -64,7 +64,7 @@ def masked_conv2d_torch(x, weight, bias=None, mask_type="B"):
     live = weight[:, :, :rows, :columns]
     if taps < rows * columns:
         live = live * (torch.arange(rows * columns, device=x.device).view(rows, columns) < taps)
-    if columns < kw and _last(x) and x.numel() <= SMALL and not AVX512:  # one row: its taps side by side
+    if columns < kw and _last(x) and x.is_cpu and x.numel() <= SMALL and not AVX512:  # one row: taps side by side
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, 0))  # (B, H, left + W, C)
         seen = torch.cat([padded[:, :, v:v + W] for v in range(taps)], 3)
         return F.linear(seen, live.permute(0, 3, 2, 1).flatten(1), bias).permute(0, 3, 1, 2)

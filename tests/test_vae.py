@@ -73,14 +73,16 @@ def test_a_mixture_pixel_sums_to_one():
     assert_close(log_prob(params, x, "mixture"), alone)
 
 
-def test_the_mean_of_a_pixel():
-    params = torch.randn(2, 1, 6, 3, 3, dtype=torch.float64) * 0.3
-    params[:, :, 4:] -= 2  # narrow, so that little lies beyond the ends
+@pytest.mark.parametrize("std, wide", [(0.3, -7), (0.3, -2), (1, 0), (3, 0)])
+def test_the_mean_of_a_pixel(std, wide):
+    """Against the sum over all levels, for scales so wide that much lies beyond the ends too."""
+    params = torch.randn(2, 1, 6, 3, 3, dtype=torch.float64) * std
+    params[:, :, 4:] += wide
     x = torch.arange(256).view(-1, 1, 1, 1)
     for b, i, j in ((0, 0, 0), (1, 2, 1)):
         p = log_prob(params[b:b + 1, :, :, i:i + 1, j:j + 1].expand(256, -1, -1, -1, -1), x, "mixture").exp()
         want = (p * torch.arange(256) / 255).sum().item()
-        assert vae.mean(params, "mixture")[b, 0, i, j].item() == pytest.approx(want, abs=0.01)
+        assert vae.mean(params, "mixture")[b, 0, i, j].item() == pytest.approx(want, abs=1e-3)
     assert_close(vae.mean(params[:, :, :1], "bernoulli"), torch.sigmoid(params[:, :, 0]))
 
 
@@ -266,9 +268,36 @@ def test_a_posterior_without_a_correction_is_the_prior():
     level, h, e = model.below[0], *torch.randn(2, 2, 8, 3, 3, dtype=torch.float64)
     nn.init.zeros_(level.q.weight)
     nn.init.zeros_(level.q.bias)
-    for a, b in zip(level.prior(h), level.posterior(h, e), strict=True):
+    p = level.prior(h)
+    *q, shift = level.posterior(p, h, e)
+    for a, b in zip(p, q, strict=True):
         assert_close(a, b)
+    assert (shift == 0).all()
     assert VAE(1, 6, 6, build("levels")[1]).below[0].q.weight.abs().max() == 0  # and so it begins
+
+
+@pytest.mark.parametrize("kind", ["flow", "iaf"])
+def test_without_free_bits_the_loss_is_the_bound(kind):
+    """Also where log q - log p of the draws at hand is negative, as it may be where the KL is near zero."""
+    model, cfg = build(kind)
+    nn.init.zeros_(model.to_top.weight)
+    nn.init.zeros_(model.to_top.bias)  # q(z | x) is one Gaussian for all x
+    values = [vae.loss(model, images(2), cfg) for _ in range(20)]
+    assert any(kls.mean() < 0 for _, _, kls in values)
+    for value, log_px, kls in values:
+        assert_close(value, (kls.sum(0) - log_px).mean())
+
+
+def test_mixed_precision_is_for_the_networks_alone():
+    """Log-likelihoods and KLs are made in float32."""
+    for kind in ("plain", "flow", "vamp", "iaf", "levels"):
+        model, cfg = build(kind)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model, x = model.float(), images(2)
+            params, draws = infer(model, model.encode(vae.scale(model, x)))
+            made = [params, log_prob(params, x, cfg.likelihood), *(t for d in draws for t in d)]
+            made += [t for step in model.iaf for t in step(draws[0].z, torch.zeros(2, cfg.hidden))]
+            assert {t.dtype for t in made} == {torch.float32}
 
 
 def test_free_bits_cost_nothing():
@@ -438,6 +467,8 @@ def test_a_lone_copy_computes_the_same(monkeypatch):
     z = torch.randn(4, 3, dtype=torch.float64)
     for a, b in zip(model.flow, copy.flow, strict=True):
         assert_close(a.inverse(z), b.inverse(z))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.float().flow[0](z.float())[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("flags", ["--z-dim 1 --prior flow", "--temperature 0", "--levels 0", "--iw-samples 0"])

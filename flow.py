@@ -1,7 +1,7 @@
 """Normalizing flows: an invertible network f makes noise of data, so log p(x) = log N(f(x)) + log |det df/dx|, exactly.
 
 The weakness: every step must be invertible, with a determinant that costs little, so each step does little. The classical
-answer are couplings, which leave half of the dimensions as they are and transform the other half by what the first half
+answer is couplings, which leave half of the dimensions as they are and transform the other half by what the first half
 says: adding (NICE), scaling too (RealNVP, Glow), or by a monotonic spline. The modern one is autoregressive: every number
 is transformed as a causal transformer says that has seen those before it (TarFlow), with all its power in one direction; the
 other direction, one position after another, is made fast by caches or by fixed-point (Jacobi) iteration.
@@ -18,7 +18,7 @@ Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma and Dhariwal 2018), 
 
   python flow.py                                                            # digits
   python flow.py --dataset mnist --minutes 10                               # MNIST on two CPU cores
-  python flow.py --dataset mnist --arch glow --coupling spline --compare fashion_mnist
+  python flow.py --dataset mnist --arch glow --coupling spline --compare fashion_mnist --out runs/flow-glow
 The second gives 1.09 bits/dim on two Zen 3 cores; Glow has 1.05 published. All results: docs/flow.md
 """
 
@@ -38,7 +38,7 @@ try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch 
     from kernels.coupling import affine_coupling, spline_coupling
 except ImportError:
     def affine_coupling(x, params, mask_or_split, reverse=False, s_max=2.0):
-        raw, shift = params.chunk(2, 1)
+        raw, shift = params.to(x.dtype).chunk(2, 1)
         log_s, kept = s_max * torch.tanh(raw / s_max), x[:, :0]
         if isinstance(mask_or_split, int):
             kept, x = x[:, :mask_or_split], x[:, mask_or_split:]
@@ -48,7 +48,7 @@ except ImportError:
         return torch.cat([kept, y], 1), (-log_s if reverse else log_s).flatten(1).sum(1)
 
     def spline_coupling(x, params, tail_bound=3.0, reverse=False):  # Durkan 2019, eqs. 4 to 8
-        p = params.unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B, C, H, W, 3K - 1)
+        p = params.to(x.dtype).unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B, C, H, W, 3K - 1)
         K, m, T = (p.shape[-1] + 1) // 3, 1e-5, tail_bound
         w, h = (2 * T * (m + (1 - m * K) * torch.softmax(a, -1)) for a in (p[..., :K], p[..., K:2 * K]))
         xs, ys = (F.pad(torch.cumsum(a, -1), (1, 0)) - T for a in (w, h))
@@ -58,11 +58,12 @@ except ImportError:
         w, h, x0, y0, d0, d1 = (a.gather(-1, k + i)[..., 0] for a, i in ((w, 0), (h, 0), (xs, 0), (ys, 0), (d, 0), (d, 1)))
         v, s = v[..., 0], h / w
         if reverse:
-            eta = (v - y0) / h
-            u = d0 * (1 - eta) - d1 * eta
-            theta = 2 * s * eta / (2 * s * eta + u + torch.sqrt(u**2 + 4 * s**2 * eta * (1 - eta)))
+            eta = ((v - y0) / h).clamp(0, 1)
+            u, c, rest = d0 * (1 - eta) - d1 * eta, 2 * s * eta, 2 * s * (1 - eta)
+            r = u.abs() + torch.sqrt(u**2 + c * rest)
+            theta = torch.where(u < 0, r / (r + rest), c / (c + r))  # the root in two forms, so that nothing cancels
         else:
-            theta = (v - x0) / w
+            theta = ((v - x0) / w).clamp(0, 1)
         t = theta * (1 - theta)
         D, M = s + (d0 + d1 - 2 * s) * t, d1 * theta**2 + 2 * s * t + d0 * (1 - theta) ** 2
         log_det = torch.where(inside, 2 * torch.log(s / D) + torch.log(M), 0).flatten(1).sum(1)
@@ -106,7 +107,7 @@ class Config:
     # the model
     arch: Literal["tarflow", "glow"] = "tarflow"  # transformer autoregressive flow, or multi-scale couplings
     coupling: Literal["additive", "affine", "spline"] = "spline"  # what a coupling does (NICE, RealNVP, spline flow)
-    scales: int = 0  # glow: how often the image is halved; 0: as often as both sides are even, 1 to 3 times (>= 0)
+    scales: int = 0  # glow: how often the image is halved; 0: while both sides are even, once at least, 3 times at most (>= 0)
     depth: int = 0  # steps a scale of glow, blocks of tarflow; 0: 8 and 2 (>= 0)
     width: int = 0  # channels of the networks; 0: 64 for glow, 128 for tarflow (>= 0)
     bins: int = 8  # bins of a spline (> 0)
@@ -200,8 +201,7 @@ class TarBlock(nn.Module):
 
     def couple(self, x, params, reverse=False):
         """x (B,T,d), all numbers of each position or one of them, params (B,T,d,each)."""
-        params = params.permute(0, 3, 2, 1)  # (B,each,d,T)
-        params = params.transpose(1, 2) if self.kind == "spline" else params
+        params = params.permute((0, 2, 3, 1) if self.kind == "spline" else (0, 3, 2, 1))  # (B,d,each,T) or (B,each,d,T)
         y, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0, bound=1.0)
         return y.transpose(1, 2), log_det
 
@@ -235,10 +235,10 @@ class TarBlock(nn.Module):
                 if not todo.any():
                     return x, passes
         n_head, x, token = self.layers[0].n_head, torch.zeros_like(z), self.start(y)
-        kept = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
+        cache = [z.new_zeros(2, B, n_head, T, token.shape[1] // n_head) for _ in self.layers]
         for t in range(T):
             h = (token + self.place[t])[:, None]
-            for layer, (keys, values) in zip(self.layers, kept, strict=True):
+            for layer, (keys, values) in zip(self.layers, cache, strict=True):
                 def attend(q, k, v, keys=keys, values=values, t=t):
                     keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
                     return decode_attention(q, keys, values, t + 1)
@@ -322,12 +322,12 @@ def sample(model, eps, y, cfg):
     return model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
 
 
-def denoise(model, v, y, deviation):
-    """E[clean | v] of data to which noise was added, by the score of the density: v + deviation^2 d log p / dv (Tweedie)."""
+def denoise(model, v, y, sigma):
+    """E[clean | v] of data to which noise was added, by the score of the density: v + sigma^2 d log p / dv (Tweedie)."""
     with torch.enable_grad():
         v = v.detach().requires_grad_()
         (score,) = torch.autograd.grad(log_density(model, v, y).sum(), v)
-    return v.detach() + deviation**2 * score
+    return v.detach() + sigma**2 * score
 
 
 # ---- what tarflow with splines ends in: uniform numbers become normal ones
@@ -378,7 +378,7 @@ class Dequantizer(nn.Module):
 
 
 def zero(module):
-    """Start a coupling, a split or a block as the identity."""
+    """Start a coupling, a split or a block as the identity, or with a spline near it."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -552,8 +552,7 @@ def choose(cfg, H, W):
     glow, most = cfg.arch == "glow", 2 if min(H, W) < 16 else 4
     cfg.width, cfg.depth = cfg.width or (64 if glow else 128), cfg.depth or (8 if glow else 2)
     cfg.patch = cfg.patch or max(p for p in range(1, most + 1) if H % p == W % p == 0)
-    halves = next(n for n in range(4) if n == 3 or H % 2 ** (n + 1) or W % 2 ** (n + 1))
-    cfg.scales = cfg.scales or max(halves, int(min(H, W) > 1))
+    cfg.scales = cfg.scales or max(math.gcd(H, W, 8).bit_length() - 1, int(min(H, W) > 1))
     if not glow and (H % cfg.patch or W % cfg.patch):
         raise ValueError(f"--patch {cfg.patch}: does not divide {H} x {W} pixels")
     if glow and min(H, W) < 2**cfg.scales:
@@ -595,7 +594,7 @@ def train(model, ema, data, cfg, run):
         run.log(loss=loss, bpd=loss / math.log(2), grad_norm=norm, lr=lr)
         if run.step % cfg.save_every == 0:
             run.save(parts)
-            run.show(generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)[0])
+            run.show(generate(ema, 80, data.classes, cfg, run)[0])
     run.save(parts)
     run.check()
 
@@ -619,7 +618,7 @@ def bits_per_dim(model, images, classes, cfg, run):
 def evaluate(ema, data, other, cfg, run):
     """Bits per dimension of the whole test split; of other images too, and likelihoods.png, where --compare names a set.
 
-    Those of each image go to likelihoods.npz, an array a data set.
+    Those of each image go to likelihoods.npz, as test and compare.
     """
     bits = {cfg.dataset: bits_per_dim(ema, data.test, data.classes, cfg, run)}
     metrics = {"test_bpd": bits[cfg.dataset].mean().item()}
@@ -627,7 +626,8 @@ def evaluate(ema, data, other, cfg, run):
         bits[cfg.compare] = bits_per_dim(ema, other, data.classes, cfg, run)
         metrics["compare_bpd"] = bits[cfg.compare].mean().item()
         show_likelihoods(bits, run.out / "likelihoods.png")
-    write(run.out / "likelihoods.npz", lambda f: np.savez_compressed(f, **{Path(k).name: v.numpy() for k, v in bits.items()}))
+    arrays = {name: v.numpy() for name, v in zip(("test", "compare"), bits.values(), strict=False)}
+    write(run.out / "likelihoods.npz", lambda f: np.savez_compressed(f, **arrays))
     return metrics
 
 
@@ -645,7 +645,7 @@ def show_likelihoods(bits, path):
 
 
 @torch.no_grad()
-def generate(ema, n, shape, classes, cfg, run):
+def generate(ema, n, classes, cfg, run):
     """n images (n,C,H,W) uint8, labels (n,) and the passes used, from the averaged weights and the noise of --seed."""
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
@@ -1154,7 +1154,7 @@ def main(argv=None):
         show_interpolations(ema, data, cfg, run)
     if cfg.mode != "eval":
         start = time.monotonic()
-        images, labels, passes = generate(ema, cfg.num_samples, (C, H, W), classes, cfg, run)
+        images, labels, passes = generate(ema, cfg.num_samples, classes, cfg, run)
         seconds = time.monotonic() - start
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))

@@ -372,6 +372,14 @@ def test_a_lone_copy_computes_the_same(monkeypatch):
         assert_close(lone.log_density(copy, x, y), log_density(model, x, y))
         eps = model.f(x, y)[0]
         assert_close(lone.sample(copy, eps, y, cfg)[0], sample(model, eps, y, cfg)[0])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            amp = [f(m.float(), x.float(), y) for f, m in ((lone.log_density, copy), (log_density, model))]
+        assert_close(*amp, rtol=0, atol=0.01)
+    for reverse in (False, True):  # near the end of a spline, in float32, for bins and slopes of all sizes
+        x, params = 1 - torch.rand(64, 16, 1, 1) / 128, 10 * torch.randn(64, 16 * 23, 1, 1)
+        y, log_det = lone.spline_coupling(x, params, 1.0, reverse)
+        want, _ = lone.spline_coupling(x.double(), params.double(), 1.0, reverse)
+        assert log_det.isfinite().all() and (y - want).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("flags", ["--patch 3", "--scales 4 --arch glow", "--label 10", "--n-head 3", "--temperature -1",

@@ -220,13 +220,13 @@ class Head(nn.Module):
             self.to_out = nn.Conv2d(channels * hidden, channels * outputs, 1, groups=channels)
             c = torch.arange(channels)
             before = c.repeat_interleave(hidden)[:, None] > c.repeat_interleave(8)
-            self.register_buffer("before", before.float()[:, :, None, None], persistent=False)
+            self.register_buffer("mask", before.float()[:, :, None, None], persistent=False)
 
     def forward(self, h, x):
         out = self.out(h)
         if self.shape[0] > 1:
             e = self.embed(x.permute(0, 2, 3, 1)).flatten(3).permute(0, 3, 1, 2)  # (B, C*8, H, W)
-            out += self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.before)))
+            out += self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.mask)))
         return out.unflatten(1, self.shape)
 
 
@@ -251,16 +251,14 @@ class Autoregressive(nn.Module):
 # ---- the maths
 
 
-def fold(x, patch):
+def patchify(x, patch):
     """Patches to positions: (B,C,H,W) -> (B, C*patch^2, H/patch, W/patch), zeros on the right and at the bottom added."""
-    x = F.pad(x, (0, -x.shape[3] % patch, 0, -x.shape[2] % patch))
-    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    return F.pixel_unshuffle(F.pad(x, (0, -x.shape[3] % patch, 0, -x.shape[2] % patch)), patch)
 
 
-def unfold(x, patch, H, W):
-    """The inverse of fold, cropped to H x W."""
-    x = x.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
-    return x[:, :, :H, :W]
+def unpatchify(x, patch, H, W):
+    """The inverse of patchify, cropped to H x W."""
+    return F.pixel_shuffle(x, patch)[:, :, :H, :W]
 
 
 def log_prob(params, x, output):
@@ -294,8 +292,8 @@ def draw(params, u, output, temperature=1.0):
 
 def log_likelihood(model, x, y, cfg):
     """Exact log p(x | y) in nats. x (B,C,H,W) levels, int64 -> (B,)."""
-    folded, inside = fold(x, cfg.patch), fold(torch.ones_like(x[:1]), cfg.patch)
-    return (log_prob(model(folded, y), folded, cfg.output) * inside).sum((1, 2, 3))
+    patches, inside = patchify(x, cfg.patch), patchify(torch.ones_like(x[:1]), cfg.patch)
+    return (log_prob(model(patches, y), patches, cfg.output) * inside).sum((1, 2, 3))
 
 
 @torch.no_grad()
@@ -307,9 +305,8 @@ def sample(model, y, noise, cfg, given=None):
     they do from the first on, one more a pass at least: that is a fixed point, and the only one is the sample.
     """
     H, W = noise.shape[2:]
-    inside, noise = fold(torch.ones_like(noise[:1]), cfg.patch).bool(), fold(noise, cfg.patch)
-    given = torch.full_like(noise, -1, dtype=torch.long) if given is None else fold(given, cfg.patch)
-    given = torch.where(inside, given, 0)  # what pads the image is always 0
+    given = torch.full_like(noise, -1, dtype=torch.long) if given is None else given
+    noise, given = patchify(noise, cfg.patch), patchify(given, cfg.patch)  # what pads the image counts as given, 0
     x, (C, rows, columns) = given.clamp(min=0), noise.shape[1:]
 
     def redraw(params, u, g):  # params (...,K), u and g (...)
@@ -319,7 +316,7 @@ def sample(model, y, noise, cfg, given=None):
         for passes in count(1):
             last, x = x, redraw(model(x, y).movedim(2, -1), noise, given)
             if torch.equal(last, x):
-                return unfold(x, cfg.patch, H, W), passes
+                return unpatchify(x, cfg.patch, H, W), passes
     cached = cfg.sampler == "cached"
     if cached:
         scaled = model.scale(x).to(noise)
@@ -333,7 +330,7 @@ def sample(model, y, noise, cfg, given=None):
             here[:, c] = redraw(params, u[:, c], g[:, c])
         if cached:
             scaled[:, :, i, j] = model.scale(here)
-    return unfold(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
+    return unpatchify(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
 
 
 # ---- two simpler trunks, to compare with
@@ -498,7 +495,7 @@ class HeadCache:
         if C > 1:
             out = out + head.to_out.bias
             self.hidden = F.linear(h, head.from_h.weight[:, :, 0, 0], head.from_h.bias).unflatten(1, (C, -1))
-            self.from_x = (head.from_x.weight * head.before)[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, 8, C*hidden)
+            self.from_x = (head.from_x.weight * head.mask)[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, 8, C*hidden)
             self.to_out = head.to_out.weight[:, :, 0, 0].unflatten(0, (C, K)).mT  # (C, hidden, K)
         self.out = out.unflatten(1, (C, K))
 
@@ -523,8 +520,15 @@ FREE = """mode data_dir steps minutes device amp compile kernels out resume over
 BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
 
 
+def at_once(shape):
+    """BATCH, or as many fewer as images (C,H,W) are larger than MNIST's: a pixel may have 256 logits."""
+    return max(min(BATCH, BATCH * 784 // math.prod(shape)), 1)
+
+
 def choose(cfg, H, W):
     """cfg, with what the data and the architecture decide where nothing was said."""
+    if cfg.patch > max(H, W):
+        raise ValueError(f"--patch {cfg.patch}: is larger than the images, {H} x {W}")
     if cfg.output == "auto":
         cfg.output = "bernoulli" if cfg.dataset == "mnist" else "softmax"
     cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
@@ -545,7 +549,7 @@ def to_uint8(levels, cfg):
 
 @torch.no_grad()
 def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 123, whose width grows with the run."""
+    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
     decay = (1 - 1 / (step + 1)) ** (1 / share)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -579,7 +583,7 @@ def evaluate(ema, data, cfg, run):
     """-log p(x) over the whole test split, which is binarised once; exact: with labels, p(x) = sum_y p(y) p(x | y)."""
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
     total, given = 0.0, 0.0
-    for x, y in zip(test.split(BATCH), data.test_labels.split(BATCH), strict=True):
+    for x, y in zip(*(a.split(at_once(test.shape[1:])) for a in (test, data.test_labels)), strict=True):
         logs = []
         for label in range(max(data.classes, 1)):
             run.check()
@@ -596,7 +600,7 @@ def generate(ema, n, shape, classes, cfg, run):
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
     images, passes = [], 0
-    for y in labels.split(BATCH):
+    for y in labels.split(at_once(shape)):
         run.check()
         noise = torch.rand(len(y), *shape, generator=generator).to(run.device)
         levels, used = sample(ema, y.to(run.device), noise, cfg)
@@ -608,7 +612,8 @@ def generate(ema, n, shape, classes, cfg, run):
 def show_completions(ema, data, cfg, run, each=4):
     """complete.png: in a row a test image, the half of it that is given (the rest grey), and completions."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    x, y = to_levels(data.test[:16], cfg, generator).to(run.device), data.test_labels[:16].to(run.device)
+    x = to_levels(data.test[:16], cfg, torch.Generator().manual_seed(0)).to(run.device)  # binarised as in evaluation
+    y = data.test_labels[:16].to(run.device)
     H, W = x.shape[2:]
     known = {"top": np.s_[..., :H // 2, :], "bottom": np.s_[..., H - H // 2:, :], "left": np.s_[..., :W // 2],
              "right": np.s_[..., W - W // 2:]}[cfg.complete]
@@ -1073,15 +1078,15 @@ def main(argv=None):
             data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, classes=0)
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
-    choose(cfg, H, W)
     if cfg.mask_only and cfg.arch != "pixelcnn":
         fail("--mask-only: is of --arch pixelcnn")
     if cfg.kernel < 3 or cfg.kernel % 2 == 0:
         fail(f"--kernel {cfg.kernel}: must be odd and at least 3")
     if cfg.label is not None and cfg.label >= classes:
-        fail(f"--label {cfg.label}: the data has {classes} classes")
+        fail(f"--label {cfg.label}: the model knows {classes} classes")
     torch.manual_seed(cfg.seed)
     try:
+        choose(cfg, H, W)
         model = Autoregressive(C * cfg.patch**2, -(-H // cfg.patch), -(-W // cfg.patch), classes, cfg)
     except ValueError as e:
         fail(str(e))

@@ -407,7 +407,7 @@ BATCH = 250  # images at once in evaluation and sampling, so that their results 
 
 @torch.no_grad()
 def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 123, whose width grows with the run."""
+    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
     decay = (1 - 1 / (step + 1)) ** (1 / share)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -939,7 +939,7 @@ def main(argv=None):
         run.describe(data)
     shape, classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
-        fail(f"--label {cfg.label}: the data has {classes} classes")
+        fail(f"--label {cfg.label}: the model knows {classes} classes")
     mask = read_mask(cfg.inpaint, *shape[1:]) if cfg.inpaint else None
     torch.manual_seed(cfg.seed)
     try:

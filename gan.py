@@ -283,7 +283,7 @@ def to_uint8(x):
 
 @torch.no_grad()
 def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 123, whose width grows with the run."""
+    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
     decay = (1 - 1 / (step + 1)) ** (1 / share)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -817,7 +817,7 @@ def main(argv=None):
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
-        fail(f"--label {cfg.label}: the data has {classes} classes")
+        fail(f"--label {cfg.label}: the model knows {classes} classes")
     torch.manual_seed(cfg.seed)
     try:
         choose(cfg, H, W)

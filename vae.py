@@ -405,7 +405,7 @@ def to_uint8(x):
 
 @torch.no_grad()
 def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 123, whose width grows with the run."""
+    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
     decay = (1 - 1 / (step + 1)) ** (1 / share)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 

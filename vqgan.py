@@ -12,8 +12,8 @@ Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), EMA codebook (VQ-VAE app
   one linear layer over a frozen codebook .. SimVQ                   SimVQ eq. 6
   loss of the autoencoder .................. loss_autoencoder        VQGAN eqs. 4 and 6
   adaptive weight .......................... adaptive_weight         VQGAN eq. 7
-  patch discriminator, hinge ............... loss_discriminator      VQGAN eq. 5
-  chain rule over codes, sliding window .... nll, sample             VQGAN eq. 8, fig. 3
+  patch discriminator ...................... loss_discriminator      VQGAN eq. 5, with the hinge
+  chain rule over codes, sliding window .... nll, sample             VQGAN eqs. 9 and 10, fig. 3
 
   python vqgan.py                                                           # digits
   python vqgan.py --dataset mnist --stage1 1200 --minutes 10                # MNIST on two CPU cores
@@ -70,7 +70,7 @@ class Config:
     mode: Literal["train", "eval", "sample"] = "train"  # train (evaluates and samples at the end), eval or sample alone
     dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, photos (crops of two photographs) or a folder of images
     data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
-    image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are; of photos, the crop (>= 0)
+    image_size: int = 0  # resize images to this many pixels a side, 0: as they are; of photos, the crop, 0: 128 (>= 0)
     steps: int | None = None  # optimizer steps of both stages, 2000 where --minutes is not given either (> 0)
     minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     batch_size: int = 32  # images a step, over all processes (> 0)
@@ -97,7 +97,7 @@ class Config:
     downsample: int = 0  # pixels a side of a code: 2, 4, 8 or 16; 0: 2 below 16 pixels, 4 up to 64, else 8 (>= 0)
     width: int = 48  # channels of encoder and decoder at half resolution, twice as many at a quarter, then four times (> 0)
     blocks: int = 1  # residual blocks a resolution (> 0)
-    disc_start: int = 500  # step from which on the discriminator is trained, and taken part in the loss (>= 0)
+    disc_start: int = 500  # step from which on the discriminator is trained, and takes part in the loss (>= 0)
     disc_weight: float = 0.1  # weight of the adversarial loss, beside the adaptive one; 0: none, a plain VQ-VAE (>= 0)
     perceptual: Literal["features", "lpips", "none"] = "features"  # distance in the discriminator's features, or LPIPS
     perceptual_weight: float = 0.2  # weight of that distance (>= 0)
@@ -202,17 +202,20 @@ def adaptive_weight(reconstruction, adversarial, last):
 
 
 def loss_autoencoder(model, D, x, step, cfg, lpips=None):
-    """What encoder, code and decoder minimise, its terms, and x_hat. x (B,C,H,W) in [-1,1]. D is left alone."""
+    """What encoder, code and decoder minimise, its terms, and x_hat. x (B,C,H,W) in [-1,1]. The caller freezes D."""
     x_hat, _, code = model(x)
     reconstruction = F.l1_loss(x_hat, x)
     terms = {"l1": reconstruction, "code": code}
     started = step >= cfg.disc_start and cfg.disc_weight > 0
     if started:
         fake, f_hat = D(x_hat)
+    if lpips is not None:
+        terms["perceptual"] = lpips(x_hat, x)
+    elif started and cfg.perceptual == "features":
         with torch.no_grad():
             _, f = D(x)
-    if lpips is not None or started and cfg.perceptual == "features":
-        terms["perceptual"] = feature_distance(f_hat, f) if lpips is None else lpips(x_hat, x)
+        terms["perceptual"] = feature_distance(f_hat, f)
+    if "perceptual" in terms:
         reconstruction = reconstruction + cfg.perceptual_weight * terms["perceptual"]
     total = reconstruction + code
     if started:
@@ -302,10 +305,10 @@ def nll(prior, codes, y):
 def probabilities(logits, cfg):
     """softmax(logits / temperature), held to the --top-k likeliest codes and to the likeliest that sum to --top-p. (B,K)"""
     p, order = torch.softmax(logits / cfg.temperature, 1).sort(dim=1, descending=True, stable=True)
-    kept = p.cumsum(1) - p < cfg.top_p  # what stands before a code does not reach top_p yet: the first is always kept
+    kept = (p.cumsum(1) - p < cfg.top_p) | (cfg.top_p == 1)  # what stands before a code does not reach top_p yet
     if cfg.top_k:
         kept[:, cfg.top_k:] = False
-    kept[:, 0] = True
+    kept[:, 0] = True  # always
     p = torch.zeros_like(p).scatter(1, order, p * kept)
     return p / p.sum(1, keepdim=True)
 
@@ -534,7 +537,7 @@ def to_uint8(x):
 
 @torch.no_grad()
 def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 123, whose width grows with the run."""
+    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
     decay = (1 - 1 / (step + 1)) ** (1 / share)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -560,7 +563,7 @@ def train(nets, data, cfg, run):
     run.begin(parts)
     for net in (model.encoder, model.decoder, prior) if cfg.compile else ():
         net.compile()
-    codes = None
+    codes, as_trained = None, dataclasses.replace(cfg, sample_size=(0, 0))  # larger grids wait for the end
     for step in run.steps():
         first = step < cfg.stage1
         since = step if first else step - cfg.stage1  # steps of this stage before
@@ -599,7 +602,7 @@ def train(nets, data, cfg, run):
         if run.step % cfg.save_every == 0:
             run.save(parts)
             run.show(reconstruct(ema, data.test[:40], run) if first else
-                     generate(ema, ema_prior, 80, data.train.shape[2:], data.classes, cfg, run)[0])
+                     generate(ema, ema_prior, 80, data.train.shape[2:], data.classes, as_trained, run)[0])
     run.save(parts)
     run.check()
 
@@ -1121,7 +1124,7 @@ def main(argv=None):
         run.describe(data)
     (C, H, W), classes = run.facts["shape"], run.facts["classes"]
     if cfg.label is not None and cfg.label >= classes:
-        fail(f"--label {cfg.label}: the data has {classes} classes")
+        fail(f"--label {cfg.label}: the model knows {classes} classes")
     torch.manual_seed(cfg.seed)
     try:
         choose(cfg, H, W)

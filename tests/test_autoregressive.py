@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import autoregressive
 import tiny
-from autoregressive import Autoregressive, Config, draw, fold, log_likelihood, log_prob, sample, unfold
+from autoregressive import Autoregressive, Config, draw, log_likelihood, log_prob, patchify, sample, unpatchify
 
 ARCHS = {"pixelcnn": {"arch": "pixelcnn"}, "mask only": {"arch": "pixelcnn", "mask_only": True},
          "transformer": {"arch": "transformer"}, "made": {"arch": "made"}}
@@ -81,7 +81,7 @@ def test_masked_convolutions_alone_have_one():
 def test_every_pixel_depends_on_those_before_it(arch, output, channels, patch):
     """Change one pixel or channel: parameters of it and of all before it stay bit for bit, some after it change."""
     net, cfg = build((channels, 4, 4), arch, output=output, patch=patch)
-    x, y = fold(levels(net, 4, channels, 4, 4), patch), torch.tensor([2, 1, 0, 2])
+    x, y = patchify(levels(net, 4, channels, 4, 4), patch), torch.tensor([2, 1, 0, 2])
     order = [(i, j, c) for i in range(x.shape[2]) for j in range(x.shape[3]) for c in range(x.shape[1])]
     before = net(x, y)
     for n in range(0, len(order), 5):
@@ -151,11 +151,11 @@ def test_the_head_alone_knows_uniform_data():
 @pytest.mark.parametrize("shape, patch", [((1, 4, 4), 2), ((3, 5, 7), 2), ((2, 1, 1), 3), ((1, 6, 6), 1)])
 def test_fold_and_back(shape, patch):
     x = torch.randint(1, 9, (2, *shape))
-    folded = fold(x, patch)
-    assert torch.equal(unfold(folded, patch, *shape[1:]), x)
-    assert folded.sum() == x.sum()
+    patches = patchify(x, patch)
+    assert torch.equal(unpatchify(patches, patch, *shape[1:]), x)
+    assert patches.sum() == x.sum()
     if patch == 2 and shape[1] > 1:
-        assert torch.equal(folded[:, :4, 0, 0], x[:, 0, :2, :2].flatten(1))
+        assert torch.equal(patches[:, :4, 0, 0], x[:, 0, :2, :2].flatten(1))
 
 
 def test_what_pads_a_patch_is_worth_nothing():
@@ -262,8 +262,8 @@ def test_given_pixels_stay_and_the_rest_follows_from_them(sampler, patch):
     assert torch.equal(drawn[given >= 0], x[given >= 0])
     again, _ = sample(net, y, noise, dataclasses.replace(cfg, sampler="naive"), given)
     assert torch.equal(drawn, again)
-    p = torch.sigmoid(net(fold(drawn, patch), y)[:, :, 0])  # each drawn pixel is the one that its noise asks for
-    assert torch.equal(unfold((fold(noise, patch) < p).long(), patch, 5, 5)[given < 0], drawn[given < 0])
+    p = torch.sigmoid(net(patchify(drawn, patch), y)[:, :, 0])  # each drawn pixel is the one that its noise asks for
+    assert torch.equal(unpatchify((patchify(noise, patch) < p).long(), patch, 5, 5)[given < 0], drawn[given < 0])
 
 
 def test_low_temperature_gives_the_mode():
@@ -307,6 +307,16 @@ def test_every_option_runs(digits, tmp_path, flags):
         assert set(np.unique(images)) <= {0, 255}
     assert (out / "complete.png").exists() == ("--complete" in flags)
     assert math.isfinite(final(out)["test_nats"])
+
+
+def test_completions_are_of_the_binarised_test_images(digits, tmp_path, monkeypatch):
+    """Which --seed has no part in: it draws what is missing."""
+    grids = {}
+    monkeypatch.setattr(autoregressive, "save_grid", lambda images, path, columns: grids.update({path.name: images}))
+    autoregressive.main([*TINY, "--out", str(tmp_path / "run"), "--complete", "top", "--seed", "3"])
+    x = torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test
+    rows = grids["complete.png"].unflatten(0, (-1, 6)) == 255  # the image, its half, four completions
+    assert torch.equal(rows[:, 0], x) and all(torch.equal(rows[:, i, :, :4], x[:, :, :4]) for i in range(1, 6))
 
 
 def test_the_passes_used_are_told(digits, tmp_path, capsys):
@@ -374,12 +384,16 @@ def test_dynamic_binarisation_draws_anew_and_static_does_not(digits, tmp_path, m
 
 
 @pytest.mark.parametrize("flags", ["--kernel 4", "--label 10", "--label 1 --no-labels", "--mask-only", "--label -1",
-                                   "--temperature 0", "--n-head 3 --arch transformer"])
+                                   "--temperature 0", "--n-head 3 --arch transformer", "--patch 9"])
 def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         autoregressive.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
     line = capsys.readouterr().err
     assert stop.value.code == 2 and flags.split()[0] in line and line.count("\n") == 1
+
+
+def test_large_images_are_evaluated_fewer_at_once():
+    assert [autoregressive.at_once(s) for s in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 512, 512))] == [250, 250, 63, 1]
 
 
 @pytest.mark.parametrize("dataset, output", [("mnist", "bernoulli"), ("digits", "softmax"), ("fashion_mnist", "softmax")])

@@ -282,6 +282,8 @@ def test_top_k_and_top_p():
     assert_close(p(top_p=0.0)[0], torch.tensor([0, 1.0, 0, 0, 0], dtype=torch.float64))
     assert_close(p(temperature=0.5)[0], logits[0].exp() ** 2 / (logits[0].exp() ** 2).sum())
     assert (p(top_k=99, top_p=1.0) > 0).all() and p(top_k=1)[1, 0] == 1  # the first of equals
+    many = torch.randn(4, 16384)  # in float32 their running sum reaches 1 before the last of them
+    assert torch.equal(vqgan.probabilities(many, Config()) > 0, torch.softmax(many, 1) > 0)
 
 
 # ---- the script
@@ -312,6 +314,13 @@ def test_every_option_runs(digits, tmp_path, flags):
     assert np.load(out / "reconstructions.npz")["images"].shape == (8, 8, 8, 1)
     names = "test_l1", "test_psnr", "usage", "perplexity", "test_bits_per_code"
     assert all(math.isfinite(final(out)[name]) for name in names)
+
+
+def test_larger_samples_wait_for_the_end(digits, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(vqgan.Run, "show", lambda run, images: shown.append(images.shape[2:]))
+    vqgan.main([*TINY, "--out", str(tmp_path), "--sample-size", "12", "10", "--save-every", "1"])
+    assert set(shown) == {(8, 8)} and np.load(tmp_path / "samples.npz")["images"].shape[1:] == (12, 10, 1)
 
 
 def test_the_discriminator_starts_when_it_says(digits, tmp_path):

@@ -639,13 +639,12 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
 import time
 import urllib.request
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn, get_args, get_origin
 
@@ -704,14 +703,12 @@ def fetch(name, file, data_dir):
             content = gzip.decompress(raw) if str(source).endswith(f"{file}.gz") else raw
             if hashlib.sha256(content).hexdigest() != SHA256[name][file]:
                 raise ValueError("wrong SHA-256")
+            if source not in places:
+                write(folder / packed, lambda f, raw=raw: f.write(raw))
+            return content
         except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
             tried.append(f"{source} ({e or type(e).__name__})")
-            continue
-        if source not in places:
-            write(folder / packed, lambda f, raw=raw: f.write(raw))
-        return content
-    fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put the file there, or use --dataset digits, "
-         "which needs no network", 1)
+    fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
 
 
 def load_folder(root, size):
@@ -720,34 +717,30 @@ def load_folder(root, size):
     Grey only where all are grey, else RGB; transparency is laid over white. Each image is scaled to cover size x size, or
     the commonest size where size is 0, and cropped at the centre. What cannot be read is named and skipped.
     """
-    Image.init()
-    paths = sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    images, parents, broken = [], [], []
-    for path in paths:
+    known, images, broken = Image.registered_extensions(), {}, []
+    for path in sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in known and p.is_file()):
         try:
             with Image.open(path) as image:
                 if image.mode.startswith("I"):  # 16 bits a pixel
                     image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
                 if "A" in image.getbands() or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-                images.append(ImageOps.fit(image, (size, size)) if size else image)
-                parents.append(path.parent)
+                images[path] = ImageOps.fit(image, (size, size)) if size else image
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             broken.append(f"{path} ({e})")
     if broken:
         print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
     if len(images) < 2:
         fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    folders = sorted(set(parents))
+    folders = sorted({path.parent for path in images})
     if root in folders[:-1]:
         fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
-    target = collections.Counter(image.size for image in images).most_common(1)[0][0]
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images])
+    target = collections.Counter(image.size for image in images.values()).most_common(1)[0][0]
+    mode = "L" if all(image.mode == "L" for image in images.values()) else "RGB"
+    x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images.values()])
     x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
-    y = torch.tensor([folders.index(parent) for parent in parents])
+    y = torch.tensor([folders.index(path.parent) for path in images])
     return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
 
 
@@ -774,8 +767,7 @@ def load_data(name, data_dir, image_size=0) -> Data:
         fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
     x, y, x_test, y_test = (torch.tensor(p) for p in parts)
     if image_size and x.shape[-2:] != (image_size, image_size):
-        x, x_test = (torch.cat([F.interpolate(chunk, (image_size, image_size), mode="bilinear", antialias=True)
-                                for chunk in images.split(1000)]) for images in (x, x_test))
+        x, x_test = (F.interpolate(part, (image_size, image_size), mode="bilinear", antialias=True) for part in (x, x_test))
     return Data(x, y.long(), x_test, y_test.long(), 10)
 
 
@@ -789,15 +781,12 @@ def parse_args(config_class, argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists every flag)")
     for field in dataclasses.fields(config_class):
-        comment, kind = comments[field.name], (*get_args(field.type), field.type)[0]
-        options = {"default": argparse.SUPPRESS, "help": f"{comment} [{field.default}]".replace("%", "%%")}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.type) is Literal:
-            options["choices"] = get_args(field.type)
-        else:
-            options |= {"type": kind, "metavar": kind.__name__, "nargs": "+" if get_origin(field.type) is tuple else None}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+        kind, origin = (*get_args(field.type), field.type)[0], get_origin(field.type)
+        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"choices": get_args(field.type)} if origin is Literal else
+                   {"type": kind, "metavar": kind.__name__, "nargs": "+" if origin is tuple else None})
+        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     for name, value in given.items():
         if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
@@ -826,11 +815,10 @@ def set_up(cfg):
         runs, why = False, "the folder kernels/ is not beside this script"
     if mode not in ("auto", "torch", "triton") or mode == "triton" and not runs:
         fail(f"--kernels {mode}: {why if mode == 'triton' else 'M2_KERNELS must be auto, torch or triton'}")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
-        torch.cuda.set_device(device) if kind == "cuda" else None
+        torch.cuda.set_device(local) if kind == "cuda" else None
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, rank, world
+    return torch.device(f"cuda:{local}" if kind == "cuda" else kind), rank, world
 
 
 def write(path, save):
@@ -846,18 +834,16 @@ def write(path, save):
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror or e}", 1)
     finally:
-        with contextlib.suppress(OSError):
+        if os.path.exists(part):
             part.unlink()
 
 
 def save_grid(images, path, columns):
     """Images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged."""
-    N, C, H, W = images.shape
-    images = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, -N % columns)).unflatten(0, (-1, columns))
-    grid = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*(H+2), columns*(W+2), C)
-    zoom = max(1, 56 // max(H, W))
-    image = Image.fromarray(grid.numpy().squeeze(-1) if C == 1 else grid.numpy())
-    write(path, lambda f: image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(f, "png"))
+    rows = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, -len(images) % columns)).unflatten(0, (-1, columns))
+    grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)  # (rows*(H+2), columns*(W+2)[, C])
+    image = ImageOps.scale(Image.fromarray(grid.numpy()), max(1, 56 // max(images.shape[2:])), Image.NEAREST)
+    write(path, lambda f: image.save(f, "png"))
 
 
 @lru_cache(maxsize=4)
@@ -874,11 +860,10 @@ class Run:
     def __init__(self, cfg, given, free):
         self.cfg, self.script, self.signal, self.saved = cfg, Path(__file__).stem, 0, {}
         cfg.out = cfg.out or f"runs/{self.script}-{Path(cfg.dataset).name}"
-        self.out, self.path = Path(cfg.out), Path(cfg.out) / "checkpoint.pt"
+        self.out, self.path, self.metrics = Path(cfg.out), Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / "metrics.jsonl"
         if cfg.resume or cfg.mode != "train":
-            self.saved = self.load()
-            given = given | {"mode", "out", "resume", "overwrite"}
-            given |= {"steps", "minutes"} if {"steps", "minutes"} & given else set()
+            self.load()
+            given |= {"mode", "out", "resume", "overwrite"} | ({"steps", "minutes"} if {"steps", "minutes"} & given else set())
             for name, value in self.saved["config"].items():
                 if name not in given:
                     setattr(cfg, name, value)
@@ -889,21 +874,20 @@ class Run:
         self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
         self.device, self.rank, self.world = set_up(cfg)
         self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
+        dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=cfg.amp != "off")
 
     def load(self):
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            fail(f"--out {self.out}: there is no checkpoint.pt in it")
-        except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
-            fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
+            saved = self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as e:  # no file, or whatever a damaged or hostile one raises: nothing in it is run
+            fail(f"{self.path}: no whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
         if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:
             fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
         if fields := saved["config"].keys() ^ {f.name for f in dataclasses.fields(self.cfg)}:
             fail(f"{self.path}: of another version, whose config differs in {', '.join(sorted(fields))}")
-        return saved
 
     def describe(self, data):
         """Note what the data is; a checkpoint of other data is refused."""
@@ -925,9 +909,9 @@ class Run:
         self.restore(parts | {"scaler": self.scaler})
         if self.rank == 0:
             lines = [m for m in self.read_metrics() if m["step"] <= self.step and "final" not in m] if self.saved else []
-            if not self.saved:
-                shutil.rmtree(self.out / "samples", ignore_errors=True)
-            write(self.out / "metrics.jsonl", lambda f: f.write("".join(json.dumps(m) + "\n" for m in lines).encode()))
+            for old in () if self.saved else self.out.glob("samples/step_*.png"):
+                old.unlink()
+            write(self.metrics, lambda f: f.write("".join(json.dumps(m) + "\n" for m in lines).encode()))
             write(self.out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(self.cfg), indent=1).encode()))
         self.save(parts)
 
@@ -936,8 +920,7 @@ class Run:
             state = {name: part.state_dict() for name, part in (parts | {"scaler": self.scaler}).items()}
             state |= {"format": 1, "script": self.script, "config": dataclasses.asdict(self.cfg), "facts": self.facts,
                       "step": self.step, "seconds": self.seconds}
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
+            torch.save(state, buffer := io.BytesIO())
             write(self.path, lambda f: f.write(buffer.getbuffer()))
 
     def on_signal(self, number, frame):
@@ -976,10 +959,6 @@ class Run:
         index = torch.cat([shuffle(n, self.cfg.seed, e)[at[at // n == e] % n] for e in (at // n).unique().tolist()])
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
 
-    def autocast(self):
-        dtype = torch.float16 if self.cfg.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.cfg.amp != "off")
-
     def update(self, loss, model, optimizer, rate="--lr", max_norm=1.0):
         """Backward, mean over processes, clip, optimizer step. A loss or gradient that is not finite ends the run."""
         optimizer.zero_grad(set_to_none=True)
@@ -1005,16 +984,15 @@ class Run:
         """Average metrics, the loss among them, into a line of metrics.jsonl every --log-every steps."""
         self.sums.update({name: torch.as_tensor(value).detach() for name, value in metrics.items()} | {"count": 1})
         if self.step % self.cfg.log_every == 0:
-            count = self.sums.pop("count")
-            means = {name: total.item() / count for name, total in self.sums.items()}
+            means = {name: float(total) / self.sums["count"] for name, total in self.sums.items() if name != "count"}
             self.sums.clear()
             self.write_metrics(**means)
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
 
     def read_metrics(self):
         """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
-        path, lines = self.out / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        lines = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
         return lines
@@ -1022,10 +1000,10 @@ class Run:
     def write_metrics(self, **metrics):
         if self.rank == 0:
             try:
-                with open(self.out / "metrics.jsonl", "a") as f:
+                with open(self.metrics, "a") as f:
                     f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
             except OSError as e:
-                fail(f"cannot write {self.out / 'metrics.jsonl'}: {e.strerror or e}", 1)
+                fail(f"cannot write {self.metrics}: {e.strerror or e}", 1)
 
     def show(self, images):
         """The newest grid: samples.png, and samples/ under its step."""
@@ -1034,17 +1012,16 @@ class Run:
 
     def curves(self):
         """Every metric against the step, as curves.png."""
-        from matplotlib.figure import Figure
+        if self.rank == 0:
+            from matplotlib.figure import Figure
 
-        if self.rank > 0:
-            return
-        lines = self.read_metrics()
-        names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
-        figure = Figure((4 * max(len(names), 1), 3), layout="tight")
-        for i, name in enumerate(names):
-            axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
-            axis.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
-        write(self.out / "curves.png", lambda f: figure.savefig(f, format="png"))
+            lines = self.read_metrics()
+            names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
+            figure = Figure((4 * max(len(names), 1), 3), layout="tight")
+            for i, name in enumerate(names):
+                axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
+                axis.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
+            write(self.out / "curves.png", lambda f: figure.savefig(f, format="png"))
 
 
 def launch(main):

@@ -18,7 +18,7 @@ decoder-only transformers on pixels (Child 2019), caches (Ramachandran 2017), fi
   python autoregressive.py                                              # digits
   python autoregressive.py --dataset mnist --minutes 10                 # MNIST, dynamically binarised, on two CPU cores
   python autoregressive.py --dataset mnist --mode sample --sampler jacobi --complete top
-The second gives 80.0 nats on two Zen 5 cores; a gated PixelCNN has 81.5 published. All results: docs/autoregressive.md
+The second gives 80.0 nats on two Zen 5 cores; pytorch-generative's gated PixelCNN has 81.5. All: docs/autoregressive.md
 """
 
 import copy

@@ -463,7 +463,7 @@ def to_uint8(x):
 
 
 def show_edits(ema, data, mask, cfg, run):
-    """inpaint.png: pairs of the given pixels and the completed image; interpolate.png: a row a pair of test images."""
+    """inpaint.png: pairs of the given pixels and the completed image; interpolations.png: a row a pair of test images."""
     generator = torch.Generator().manual_seed(cfg.seed)
     x, y = data.test[:40].to(run.device) / 127.5 - 1, data.test_labels[:40].to(run.device) if data.classes else None
     if mask is not None:
@@ -473,7 +473,7 @@ def show_edits(ema, data, mask, cfg, run):
     if cfg.interpolate:
         unconditional = replace(cfg, guidance=0.0)
         rows = interpolate(ema, x[:10], x[:10].roll(1, 0), y if y is None else y[:10], unconditional, generator)
-        save_grid(to_uint8(rows.flatten(0, 1)), run.out / "interpolate.png", rows.shape[1])
+        save_grid(to_uint8(rows.flatten(0, 1)), run.out / "interpolations.png", rows.shape[1])
 
 
 def read_mask(name, H, W):

@@ -17,8 +17,9 @@ Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), EMA codebook (VQ-VAE app
 
   python vqgan.py                                                           # digits
   python vqgan.py --dataset mnist --stage1 1200 --minutes 10                # MNIST on two CPU cores
-  python vqgan.py --dataset photos --mode sample --sample-size 256 384      # larger than the 128 x 128 it was trained on
-The second gives a Frechet distance of 0.35 on two Zen 3 cores, its reconstructions 0.07. All results: docs/vqgan.md
+  python vqgan.py --dataset photos --width 32 --batch-size 8 --stage1 1000 --steps 2500 --sample-size 256 384 --num-samples 2
+The second gives a Frechet distance of 0.35 on two Zen 3 cores, its reconstructions 0.07; the third samples photographs
+larger than the 128 x 128 it is trained on. All results: docs/vqgan.md
 """
 
 import copy

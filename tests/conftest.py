@@ -24,7 +24,9 @@ def pytest_configure(config):
 
 def pytest_xdist_auto_num_workers(config):
     """A process a core; none beside this one where something is timed, or where all would share one GPU."""
-    return 0 if config.getoption("benchmark_only", False) or torch.cuda.is_available() else os.cpu_count()
+    if config.getoption("benchmark_only", False) or torch.cuda.is_available():
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @pytest.fixture(scope="session")
@@ -33,4 +35,4 @@ def data_dir():
     for place in (os.environ.get("M2_DATA_DIR"), ROOT / "data", ROOT.parent / "shared" / "data"):
         if place and (Path(place) / "mnist").is_dir():
             return str(place)
-    pytest.skip("no copy of MNIST (set M2_DATA_DIR)")
+    pytest.skip("no copy of MNIST (python diffusion.py --dataset mnist downloads it to data/, or set M2_DATA_DIR)")

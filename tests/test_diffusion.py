@@ -478,7 +478,7 @@ def test_every_option_runs(digits, tmp_path, flags):
     if "--label" in flags:
         assert (samples["labels"] == 3).all()
     if "--inpaint" in flags:
-        assert (run / "inpaint.png").exists() and (run / "interpolate.png").exists()
+        assert (run / "inpaint.png").exists() and (run / "interpolations.png").exists()
 
 
 @pytest.mark.parametrize("flags", ["--inpaint uper", "--label 10", "--n-head 3"])

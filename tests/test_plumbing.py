@@ -51,7 +51,9 @@ def keep_handlers():
 
 def test_the_plumbing_is_the_same_in_all_scripts(capsys):
     sync.main(["--check"])
-    assert all(f"{name}.py" in capsys.readouterr().out for name in SCRIPTS[:1])
+    said = capsys.readouterr().out
+    assert all(name in said for name in sync.SCRIPTS)
+    assert {p.name for p in ROOT.glob("*.py") if sync.BEGIN in p.read_text(encoding="utf-8")} == set(sync.SCRIPTS)
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_importing_does_nothing(module, tmp_path, monkeypatch, capfd):
 
 @every_script
 def test_no_door_to_another_file_but_the_kernels(module):
-    """Imports at the top: the standard library and five packages; nothing of this repository but kernels.<name>, guarded."""
+    """Imports at the top: the standard library and four packages; nothing of this repository but kernels.<name>, guarded."""
     tree = ast.parse(open(module.__file__).read())
     packages = {"torch", "numpy", "PIL", "tqdm"}
     house = {path.stem for path in ROOT.iterdir()} - {"kernels"}
@@ -162,7 +164,8 @@ def test_no_door_to_another_file_but_the_kernels(module):
     assert {n.split(".")[0] for n in everywhere} <= packages | sys.stdlib_module_names | {
         "kernels", "sklearn", "matplotlib", "lpips"}
     guarded = set(names(n for n in ast.walk(tree) if isinstance(n, ast.Try)
-                        and any("ImportError" in ast.unparse(h.type) for h in n.handlers)))
+                        and any(ast.unparse(h.type) in ("ImportError", "(ImportError, AttributeError)")
+                               for h in n.handlers)))
     assert {n for n in everywhere if n.startswith("kernels")} <= guarded
 
 
@@ -666,7 +669,7 @@ def test_curves_shows_every_metric(tmp_path):
     run.write_metrics(final=True, test_bpd=1.0)
     run.curves()
     wide = Image.open(tmp_path / "run" / "curves.png").size[0]
-    assert narrow > 500 and wide >= narrow
+    assert narrow > 500 and wide >= 1.4 * narrow  # a panel more
     run = make_run(tmp_path / "no lines", "--steps", 3, "--log-every", 100)
     run.begin({})
     run.curves()
@@ -742,7 +745,6 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
     for double, one in zip(a["grads"], single["grads"], strict=True):
         torch.testing.assert_close(double, one)
         assert all(g.abs().max() > 0 for g in one)
-    assert not torch.equal(a["weights"]["1.weight"], nn.Linear(64, 8).weight)
     torch.testing.assert_close(a["weights"], single["weights"])
 
 

@@ -333,7 +333,9 @@ def main(argv=None):
     parser.add_argument("--train-classifier", action="store_true", help="remake tools/classifiers/NAME.pt instead")
     try:
         args = parser.parse_args(argv)
-        if args.train_classifier and args.dataset in SHAPES:
+        if args.train_classifier and args.dataset not in SHAPES:
+            fail(f"--train-classifier: {args.dataset} is seen by mnist's classifier")
+        if args.train_classifier:
             train_classifier(args.dataset, args.data_dir)
             return 0
         if args.samples is None:

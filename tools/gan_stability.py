@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from evaluate import evaluate
+from evaluate import SHAPES, evaluate
 
 import gan
 
@@ -35,6 +35,7 @@ def run(loss, seed, out, flags):
                       "--out", str(out), "--overwrite"])
     except SystemExit:
         if "first bad gradient" not in said.getvalue():
+            print(said.getvalue(), file=sys.stderr, end="")
             raise
         return {"diverged": True, "warned": "warning:" in said.getvalue(), "coverage": float("nan"), "frechet": float("nan")}
     samples, config = np.load(out / "samples.npz"), json.loads((out / "config.json").read_text())
@@ -43,11 +44,16 @@ def run(loss, seed, out, flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--losses", nargs="+", choices=gan.LOSSES, default=list(gan.LOSSES))
     parser.add_argument("--out", type=Path, default="runs/gan-stability")
     args, flags = parser.parse_known_args()
+    if flags and (taken := {"--loss", "--seed", "--out", "--overwrite", "--mode", "--resume"} & set(flags)):
+        parser.error(f"{', '.join(sorted(taken))}: not to be given, each run has its own")
+    if (dataset := gan.parse_args(gan.Config, flags)[0].dataset) not in SHAPES:
+        parser.error(f"--dataset {dataset}: tools/evaluate.py has classifiers of {', '.join(SHAPES)}")
     print("| loss | diverged | collapsed | coverage | distance |\n|---|---|---|---|---|")
     for loss in args.losses:
         runs = [run(loss, seed, args.out / f"{loss}-{seed}", flags) for seed in range(args.seeds)]

@@ -18,7 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 
-GAMES = [("relativistic", 0.5), *((loss, 0.0) for loss in gan.LOSSES)]  # (--loss, --r1 and --r2)
+GAMES = [("relativistic", 0.5), *((loss, 0.0) for loss in gan.LOSSES)]  # (--loss, --r1 and --r2; for the ring a fifth of those)
 ANGLES = torch.arange(8) * math.pi / 4
 CENTRES = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 
@@ -87,6 +87,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/gan_toy.png")
+    args = parser.parse_args()
     figure = Figure((15, 5.2), layout="tight")
     for i, (loss, r) in enumerate(GAMES):
         path = dirac(loss, r)
@@ -98,7 +99,7 @@ def main():
         axis = figure.add_subplot(2, len(GAMES), len(GAMES) + i + 1, aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6))
         axis.plot(*ring(loss, r / 5, n=1000).T, ".", markersize=1)
         axis.plot(*CENTRES.T, "k+")
-    figure.savefig(parser.parse_args().out, dpi=80)
+    figure.savefig(args.out, dpi=80)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def main():
         optimizer.step()
         steps, spent = steps + 1, time.monotonic() - start
     with torch.no_grad():
-        total = sum(nats(x).sum().item() for x in data.test[:args.test_images].split(250)) / args.test_images
+        test = data.test[:args.test_images]
+        total = sum(nats(x).sum().item() for x in test.split(250)) / len(test)
     bpd = (total + 1024 * math.log(256)) / 784 / math.log(2)
     print(f"{steps} steps, {1000 * spent / steps:.1f} ms each, {sum(p.numel() for p in model.parameters())} parameters, "
           f"{bpd:.3f} bits/dim")

@@ -1,9 +1,10 @@
 """The peer beside vqgan.py's quantisers: vector-quantize-pytorch's VectorQuantize in the same autoencoder, the same steps.
 
 In an environment of its own: pip install -r requirements.txt vector-quantize-pytorch==1.32.0, then
-  python tools/peer_quantizer.py --dataset mnist --steps 601 --stage1 600      # and any other flags of vqgan.py
-The class takes the place of vqgan.VQ, with its own defaults, or with those its README advises against dead codes (--tuned:
-k-means at the start, codes of fewer than 2 vectors replaced, decay 0.99). What vqgan.py prints at the end compares.
+  python tools/peer_quantizer.py --dataset mnist --steps 601 --stage1 600 --disc-weight 0 --out runs/peer-quantizer
+and any other flags of vqgan.py. The class takes the place of vqgan.VQ, with its own defaults, or with those its README
+advises against dead codes (--tuned: k-means at the start, codes of fewer than 2 vectors replaced, decay 0.99). What vqgan.py
+prints at the end compares.
 """
 
 import sys

@@ -14,7 +14,7 @@ BEGIN, END = "# ======== plumbing", "# ======== end of the plumbing"  # the begi
 
 def split(path):
     """(before, block, after) of a script, the marker lines belonging to the block."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     begins, ends = ([i for i, line in enumerate(lines) if line.startswith(mark)] for mark in (BEGIN, END))
     if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
         sys.exit(f"error: {path} must hold one line that begins with '{BEGIN}' and, below it, one with '{END}'")
@@ -29,6 +29,8 @@ def main(argv=None):
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="folder of the scripts")
     args = parser.parse_args(argv)
     paths = [args.root / name for name in SCRIPTS if (args.root / name).exists()]
+    if not paths:
+        sys.exit(f"error: {args.root} holds none of {', '.join(SCRIPTS)}")
     if args.source and args.root / args.source not in paths:
         sys.exit(f"error: {args.root / args.source} does not exist")
     parts = {path: split(path) for path in paths}
@@ -44,7 +46,7 @@ def main(argv=None):
         block = parts[args.root / args.source][1]
         for path, (before, old, after) in parts.items():
             if old != block:
-                path.write_text(before + block + after)
+                path.write_text(before + block + after, encoding="utf-8", newline="\n")
                 print(f"wrote {path.name}")
 
 

@@ -155,7 +155,7 @@ def test_another_seed_is_another_run(straight, go, tmp_path):
 
 @pytest.mark.parametrize("before", [1, 2, 3])
 def test_some_steps_and_some_more_are_all_the_steps(before, straight, go, tmp_path):
-    """By --steps where no schedule depends on the end; else the script says so and this row is its own to test."""
+    """No schedule depends on the end."""
     assert go(tmp_path / "run", "--steps", before) == 0
     assert load_checkpoint(tmp_path / "run")["step"] == before
     assert go(tmp_path / "run", "--resume") == 0
@@ -779,9 +779,7 @@ def test_another_configuration_is_refused(flag, value, trained, go, capsys, modu
 
 
 def test_every_flag_of_the_model_is_refused_or_free(trained, module, capsys):
-    """Whatever is not free to change is refused when it changes; whatever is free is taken."""
-    import dataclasses
-
+    """Numbers that are not free to change are refused when they change."""
     saved = load_checkpoint(trained)["config"]
     assert {"dataset", "image_size", "batch_size", "lr", "seed", "ema"}.isdisjoint(module.FREE)
     for field in dataclasses.fields(module.Config):

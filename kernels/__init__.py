@@ -86,6 +86,8 @@ def use_triton(op, x, supported=(True, ""), least=0, elementwise=False, library=
         if not ok:
             raise RuntimeError(f"{op}: kernels.mode is 'triton', but {reason}")
         return x.numel() > 0
+    if not x.numel():
+        return False
     if ok and (INTERPRETING or x.numel() < least):
         ok, reason = False, "the interpreter is for tests" if INTERPRETING else f"fewer than {least} elements"
     if library or elementwise and torch.compiler.is_compiling():
@@ -97,7 +99,9 @@ def use_triton(op, x, supported=(True, ""), least=0, elementwise=False, library=
 
 def report():
     """One line an operation: what would run here, and why; what has fallen back so far."""
-    ok, reason = available()
+    if mode not in MODES:
+        raise ValueError(f"kernels.mode {mode!r}: must be one of {', '.join(MODES)}")
+    ok, reason = available("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
     if mode == "torch":
         ok, reason = False, "kernels.mode is 'torch'"
     elif mode == "auto" and ok and INTERPRETING:
@@ -122,6 +126,14 @@ def accumulator(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def autocast(*tensors):
+    """The tensors (or None) in the type that PyTorch's own products would take them in: under autocast that of autocast."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return [a if a is None else a.to(torch.get_autocast_dtype(kind)) for a in tensors]
+
+
 class Spec(NamedTuple):
     """One way to compile a kernel ahead of time, and what must be true of the result."""
 
@@ -129,7 +141,7 @@ class Spec(NamedTuple):
     name: str  # what this variant is
     args: dict  # argument: triton type ("*bf16", "i32", ...; 16-aligned) or the value of a constant
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int | None = None  # None: what a launch that names none gets, 3 on NVIDIA and 2 on AMD
     registers: int = 255  # at most, a thread, on NVIDIA
     vector: bool = True  # loads of at least 8 bytes a thread must be there
     matrix: bool = False  # matrix instructions must be there

@@ -9,8 +9,8 @@ nothing of T x T is ever stored. Beside o only the log-sum-exp of every row is k
 
 Least bytes, n = bytes of q: forward 4n, backward 8n. By design each of the T / BLOCK tiles reads its counterparts again,
 on a GPU from L2: forward moves (2 + 2 tiles) n, dq (4 + 2 tiles) n, dk and dv (4 + 2 tiles) n, with half as many tiles, rounded
-up, under a causal mask; the bias gradient reads 4n for each of the H rows of the image. With a bias each pass besides reads
-an entry of the table for every score, from the table's few kilobytes in the L1 cache.
+up, under a causal mask; the bias gradient reads 4n for each of the H rows of the image and each tile of a row. With a bias
+each pass besides reads an entry of the table for every score, from the table's few kilobytes in the L1 cache.
 
 When not: without a mask and for "causal" PyTorch's own kernels are faster, and mode "auto" takes those; for one new position
 over a cache there is decode_attention (decode_attention.py).
@@ -25,7 +25,7 @@ from .decode_attention import _at, _load, _rows, decode_attention  # noqa: F401
 
 LAGS = {None: -1, "causal": 0, "strict": 1}  # mask: i sees j where i - j >= lag; -1: everywhere
 TILE_BYTES = 8192  # of one tile of q, k or v, at most 64 rows and at least 16
-DBIAS_PAIRS = 64  # pairs of tiles that a program of the bias gradient adds up
+DBIAS_PAIRS = 64  # pairs of tiles that a program of the bias gradient adds up, about, where programs can be spared
 PLAIN_SCORES = 1 << 22  # scores that the plain form with a bias holds at once, or one row of the image
 
 
@@ -255,8 +255,10 @@ def _(q, k, v, bias, lag):
 
 @torch.library.custom_op("m2::attention_bwd", mutates_args=())
 def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
-         out: torch.Tensor, lse: torch.Tensor, lag: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+         out: torch.Tensor, lse: torch.Tensor, lag: int,
+         dbias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (q, do, k, v, strides), (B, n_head, T, _), T_k = _rows(q, do, k, v), q.shape, k.shape[2]
+    out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()  # hooks may save them in another layout
     (table, H, W), constants = _prepare(q, bias, lag, False)
     dq, dk, dv, delta, block, biased = _new(q), _new(k), _new(v), torch.empty_like(lse), constants["BLOCK"], bias is not None
     with launching(q):
@@ -265,7 +267,7 @@ def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bi
         _attention_bwd_kernel[(B * n_head * triton.cdiv(T_k, block),)](
             k, v, q, do, table, out, lse, delta, dk, dv, *strides[6:], *strides[:6], n_head, T, T_k, H, W, KEYS=True,
             BIAS=biased, **constants)
-        if not biased:
+        if not dbias:
             return dq, dk, dv, q.new_empty(0)
         block = min(constants.pop("STEP"), max(16, triton.next_power_of_2(W)))
         cuts = triton.cdiv(W, block)
@@ -283,8 +285,8 @@ def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bi
 
 
 @_bwd.register_fake
-def _(do, q, k, v, bias, out, lse, lag):
-    return _new(q), _new(k), _new(v), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+def _(do, q, k, v, bias, out, lse, lag, dbias):
+    return _new(q), _new(k), _new(v), bias.new_empty(bias.shape) if dbias else q.new_empty(0)
 
 
 def _save(ctx, inputs, output):
@@ -293,9 +295,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, do, dlse):
-    q, k, v, bias, out, lse = ctx.saved_tensors
-    *gradients, dbias = _bwd(do, q, k, v, bias, out, lse, ctx.lag)
-    return *gradients, None if bias is None else dbias, None
+    need = ctx.needs_input_grad[3]
+    *gradients, dbias = _bwd(do, *ctx.saved_tensors, ctx.lag, need)
+    return *gradients, dbias if need else None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
@@ -305,8 +307,9 @@ def supports(q, k, v, bias=None):
     tensors = [x for x in (q, k, v, bias) if x is not None]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not q.dtype == k.dtype == v.dtype:
         return False, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
-    if not 16 <= q.shape[-1] <= 256 or any(x.device != q.device for x in tensors):
-        return False, f"head_dim {q.shape[-1]} is not in 16..256, or the tensors are on several devices"
+    most = 128 if q.dtype == torch.float64 else 256  # what shared memory holds
+    if not 16 <= q.shape[-1] <= most or any(x.device != q.device for x in tensors):
+        return False, f"head_dim {q.shape[-1]} is not in 16..{most}, or the tensors are on several devices"
     return True, ""
 
 
@@ -327,7 +330,7 @@ def attention(q, k, v, mask=None, bias=None):
     if bias is not None and (bias.dim() != 3 or len(bias) != q.shape[1] or not bias.shape[1] % 2 == bias.shape[2] % 2 == 1
                              or (bias.shape[1] + 1) * (bias.shape[2] + 1) != 4 * q.shape[2]):
         raise ValueError(f"attention: bias {tuple(bias.shape)} must be (n_head, 2H-1, 2W-1), H*W = T, for q {tuple(q.shape)}")
-    if use_triton("attention", q, supports(q, k, v, bias), library=bias is None and mask != "strict"):
+    if use_triton("attention", q, supports(q, k, v, bias), least=1 << 16, library=bias is None and mask != "strict"):
         return _fwd(q, k, v, bias, LAGS[mask])[0]
     return attention_torch(q, k, v, mask, bias)
 

@@ -173,7 +173,8 @@ class _Spline(torch.autograd.Function):
 def spline_coupling_torch(x, params, tail_bound=3.0, reverse=False):
     """The fastest plain form: one pass over the bins each way, and the gradients in closed form."""
     acc, G, P, M, parts = accumulator(x), len(x) * x.shape[1], math.prod(x.shape[2:]), params.shape[1] // x.shape[1], []
-    rows = max(G, 1) if torch.compiler.is_compiling() else max(CHUNK // max(P, 1), 1)
+    whole = torch.compiler.is_compiling() or not x.is_cpu  # pieces are for a CPU's cache
+    rows = max(G, 1) if whole else max(CHUNK // max(P, 1), 1)
     for z, p in zip(x.to(acc).reshape(G, P).split(rows), params.to(acc).reshape(G, M, P).split(rows), strict=True):
         if P < 16:  # long rows where there are few positions too
             z, p = z.reshape(1, -1), p.movedim(1, 0).reshape(1, M, -1).contiguous()

@@ -105,7 +105,7 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> t
     part = out if splits == 1 else q.new_empty(heads, splits, head_dim, dtype=lse.dtype)
     with launching(q):
         _decode_kernel[(heads * splits,)](q, k, v, part, lse, *strides, n_head, length, chunk, splits, HEAD_DIM=head_dim,
-                                          BLOCK_D=block_d, BLOCK=block)
+                                          BLOCK_D=block_d, BLOCK=block, num_stages=2)
         if splits > 1:
             _decode_combine_kernel[(heads,)](part, lse, out, splits, HEAD_DIM=head_dim, BLOCK_D=block_d,
                                              SPLITS=triton.next_power_of_2(splits))
@@ -138,7 +138,7 @@ def decode_attention(q, k_cache, v_cache, length):
             q.shape != (*k_cache.shape[:2], 1, k_cache.shape[3])):
         raise ValueError(f"decode_attention: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache "
                          f"{tuple(v_cache.shape)} and length {length} do not fit")
-    if use_triton("decode_attention", q, supports(q, k_cache, v_cache)):
+    if use_triton("decode_attention", k_cache[:, :, :length], supports(q, k_cache, v_cache), least=1 << 16):
         return _decode(q, k_cache, v_cache, length)
     return decode_attention_torch(q, k_cache, v_cache, length)
 

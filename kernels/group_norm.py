@@ -33,7 +33,7 @@ def group_norm_silu_reference(x, groups, weight, bias, eps=1e-5, silu=True):
 
 def group_norm_silu_torch(x, groups, weight, bias, eps=1e-5, silu=True):
     """The fastest plain form: PyTorch's own group norm, then its SiLU."""
-    y = F.group_norm(x, groups, weight, bias, eps)
+    y = torch.group_norm(x, groups, weight, bias, eps)  # which takes a group of one element too
     return F.silu(y) if silu else y
 
 
@@ -68,7 +68,7 @@ def _group_fwd_kernel(X, W, Bias, Y, Mean, Rstd, C, P, stride_c, stride_p, group
     x = tl.load(X + image + offsets, mask=mask, other=0.0).to(ACC)
     w = tl.load(W + c, mask=c < first + SIZE, other=0.0).to(ACC)
     b = tl.load(Bias + c, mask=c < first + SIZE, other=0.0).to(ACC)
-    n = (SIZE * P).to(ACC)
+    n = tl.cast(SIZE * P, ACC)
     mean = tl.sum(tl.sum(x, 1), 0) / n
     d = tl.where(mask, x - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(tl.sum(d * d, 1), 0) / n + eps)
@@ -95,7 +95,7 @@ def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, st
     x_hat = (x - tl.load(Mean + pid)) * rstd
     dz = _grad_z(x_hat, dy, w, b, SILU)  # 0 outside the mask, where dy is 0
     dw, db = tl.sum(dz * x_hat, 1), tl.sum(dz, 1)  # [BLOCK_C]
-    n = (SIZE * P).to(ACC)
+    n = tl.cast(SIZE * P, ACC)
     dx = rstd * (dz * w[:, None] - tl.sum(db * w, 0) / n - x_hat * (tl.sum(dw * w, 0) / n))
     tl.store(DX + row * P + offsets, dx.to(DX.dtype.element_ty), mask=mask)
     tl.store(DW + row + c, dw, mask=c < first + SIZE)
@@ -325,7 +325,8 @@ def supports(x, groups, weight, bias):
 
 
 def group_norm_silu(x, groups, weight, bias, eps=1e-5, silu=True):
-    """SiLU of the group norm of x; group_norm without SiLU. x (B, C, *) floating -> the same shape, type and layout.
+    """SiLU of the group norm of x; group_norm without SiLU. x (B, C, *) floating -> the same shape, type and layout
+    (the plain form on CUDA: those of PyTorch's own group norm, float32 under autocast).
 
     groups divides C; weight, bias (C,). Differentiable once in x, weight and bias. Raises ValueError for shapes that do
     not fit, and what use_triton raises.
@@ -342,13 +343,13 @@ def group_norm(x, groups, weight, bias, eps=1e-5):
     return group_norm_silu(x, groups, weight, bias, eps, silu=False)
 
 
-def _spec(kernel, dtype, values, statistics, blocks, registers, channels_last=False):
+def _spec(kernel, dtype, values, statistics, blocks, registers, channels_last=False, more=None):
     strides = {"stride_c": 1, "stride_p": "i32:16"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
     args = dict.fromkeys(values, f"*{dtype}") | dict.fromkeys(statistics, "*fp32") | strides
     args |= {"C": "i32:16", "P": "i32:16", "groups": "i32", "splits": "i32", "chunk": "i32:16", "eps": "fp32"}
-    args |= {"SIZE": 8, "SILU": True, "ACC": tl.float32, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1]}
+    args |= {"SIZE": 8, "SILU": True, "ACC": tl.float32, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1]} | (more or {})
     name = f"{dtype}, {'channels_last' if channels_last else 'contiguous'}, {blocks[0]} channels by {blocks[1]}"
-    return Spec(kernel, name, args, num_warps=_num_warps(blocks), registers=registers)
+    return Spec(kernel, name, args, num_warps=_num_warps(blocks), registers=registers, vector=blocks[1] > 1)
 
 
 _STATS = ("W", "Bias", "Mean", "Rstd")
@@ -363,6 +364,8 @@ AOT_SPECS = [] if triton is None else [
         _spec("_split_sums_kernel", t, ("X", "DY"), (*_STATS, "DWs", "DBs"), (128, 32), 128, True),
         _spec("_split_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "GroupDW", "GroupDB"), (128, 32), 128, True),
     )),
+    *(_spec(kernel, "fp32", values, (*_STATS, "DW", "DB"), (8, 1), 40, more={"P": 1, "stride_c": 1})  # (B, C): P is a constant
+      for kernel, values in (("_group_fwd_kernel", ("X", "Y")), ("_group_bwd_kernel", ("X", "DY", "DX")))),
     Spec("_split_combine_kernel", "fp32", dict.fromkeys(("Means", "M2s", "Mean", "Rstd"), "*fp32")
          | dict.fromkeys(("C", "P", "groups", "chunk"), "i32") | {"splits": "i32:16", "eps": "fp32"}
          | {"ACC": tl.float32, "BLOCK": 1024}, registers=64),

@@ -291,10 +291,11 @@ def _(dll, grad):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # of the gradient, which nobody is given
 
 
 def _backward(ctx, dll, _):
-    return None, _bwd(dll, *ctx.saved_tensors), None
+    return None, None if dll is None else _bwd(dll, *ctx.saved_tensors), None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)

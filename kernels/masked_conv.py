@@ -23,13 +23,14 @@ and, for dy, live tap. dweight sums chunks of pixels apart, then those. All are 
 
 When not: libraries' convolutions on the live rows are taken to be faster, also on CUDA, until timed: mode "auto" runs the
 plain form, mode "triton" these kernels. Fewer than 16 input channels waste the matrix unit. float32 is multiplied exactly
-("ieee", so without matrix units on NVIDIA), never as tf32: likelihoods are compared to hundredths of a bit.
+("ieee", so without matrix units on NVIDIA), never as tf32: likelihoods are compared to hundredths of a bit. The plain form
+multiplies as torch.backends.cudnn says, on recent cards by default in tf32.
 """
 
 import torch
 import torch.nn.functional as F
 
-from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import INTERPRETING, Spec, accumulator, autocast, jit, launching, tl, triton, use_triton
 
 BLOCKS = {2: (128, 64, 32), 4: (64, 32, 16)}  # bytes of an element: pixels, output channels (half where gated), input channels
 SMALL = 2**16  # plain form, on a CPU without AVX-512: so few elements of x make a product faster than a convolution
@@ -245,7 +246,8 @@ def _(x, weight, bias, cond, taps):
 
 @torch.library.custom_op("m2::gate_bwd", mutates_args=())
 def _gate_bwd(dout: torch.Tensor, pq: torch.Tensor) -> torch.Tensor:
-    dout, dpq = _to_last(dout), torch.empty_like(pq)
+    dout, pq = _to_last(dout), _to_last(pq)  # hooks may save it in another layout
+    dpq = torch.empty_like(pq)
     with launching(pq):
         _gate_bwd_kernel[(triton.cdiv(dout.numel(), 1024),)](dout, pq, dpq, dout.numel(), dout.shape[1], BLOCK=1024,
                                                              ACC=_constants(pq, pq)["ACC"])
@@ -309,9 +311,12 @@ def _gated_save(ctx, inputs, output):
     ctx.cond = None if cond is None else cond.shape
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of pq, which nobody is given
 
 
 def _gated_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 5
     x, weight, pq = ctx.saved_tensors
     d = _gate_bwd(dout, pq)
     dcond = None if ctx.cond is None else d if ctx.cond == d.shape else d.sum((2, 3)).view(ctx.cond)
@@ -356,6 +361,7 @@ def masked_conv2d(x, weight, bias=None, mask_type="B"):
     Raises ValueError for shapes that do not fit or a mask without a live tap, and what use_triton raises.
     """
     taps = _check("masked_conv2d", x, weight, bias, mask_type)
+    x, weight, bias = autocast(x, weight, bias)
     if use_triton("masked_conv2d", x, supports(x, weight, bias), library=True):
         return _fwd(x, weight, bias, taps)
     return masked_conv2d_torch(x, weight, bias, mask_type)
@@ -373,6 +379,7 @@ def gated_masked_conv2d(x, weight, bias=None, cond=None, mask_type="B"):
     if len(weight) % 2 or cond is not None and cond.shape not in (wide, (*wide, 1, 1), (*wide, *x.shape[2:])):
         raise ValueError(f"gated_masked_conv2d: weight {tuple(weight.shape)} and cond "
                          f"{None if cond is None else tuple(cond.shape)} do not fit x {tuple(x.shape)}")
+    x, weight, bias, cond = autocast(x, weight, bias, cond)
     if use_triton("gated_masked_conv2d", x, supports(x, weight, bias, cond), library=True):
         return _gated_fwd(x, weight, bias, cond, taps)[0]
     return gated_masked_conv2d_torch(x, weight, bias, cond, mask_type)

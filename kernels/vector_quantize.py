@@ -199,8 +199,9 @@ def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, tor
     e = codebook.to(accumulator(wider))
     norm, parts = e.square().sum(1), codebook if half else e
     if constants["PARTS"] == 3:
-        high, middle = e.bfloat16(), (e - e.bfloat16()).bfloat16()
-        parts = torch.stack([high, middle, (e - high - middle).bfloat16()])
+        high = e.bfloat16()
+        rest = e - high
+        parts = torch.stack([high, rest.bfloat16(), (rest - rest.bfloat16()).bfloat16()])
     z_q, indices, counts = torch.empty_like(z), z.new_empty(N, dtype=torch.int64), z.new_zeros(K, dtype=torch.int64)
     blocks = _blocks(N, D, half is not None)
     with launching(z):

@@ -77,7 +77,7 @@ def compile_one(file, index, target):
     start = time.perf_counter()
     out = triton.compile(ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned),
                          target=GPUTarget(backend, arch, warp),
-                         options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
+                         options={"num_warps": spec.num_warps} | ({"num_stages": spec.num_stages} if spec.num_stages else {}))
     text = out.asm["amdgcn" if backend == "hip" else "ptx"]
     registers, spilled = resources(backend, out.asm)
     matrix = sorted(set(re.findall(MATRIX[backend], text)))

@@ -12,6 +12,7 @@ GRADIENTS = {  # kinds of gradients that autograd hands over, by what is done wi
     "random": lambda y: torch.randn_like(y),
     "stride 0": lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),  # .sum().backward()
     "sliced": lambda y: torch.randn(*y.shape, 2, dtype=y.dtype, device=y.device)[..., 1] if y.dim() else torch.ones_like(y),
+    "saved elsewhere": torch.randn_like,  # what autograd keeps comes back contiguous, as from save_on_cpu
     "transposed": lambda y: torch.randn(y.shape[::-1], dtype=y.dtype, device=y.device).permute(*range(y.dim())[::-1]),
 }
 
@@ -47,7 +48,11 @@ def agree(op, reference, inputs, dtype=torch.float32, gradient="random", toleran
     """op on inputs of a type against reference on the same numbers in float64: outputs, and all gradients."""
     ours = leaves(inputs, dtype)
     theirs = leaves([x.detach() if isinstance(x, torch.Tensor) else x for x in ours], torch.float64)
-    y, y_ref = tensors(op(*ours)), tensors(reference(*theirs))
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda a: torch.empty(a.shape, dtype=a.dtype, device=a.device).copy_(a),
+                                                     lambda a: a)
+    with hooks if gradient == "saved elsewhere" else contextlib.nullcontext():
+        y = tensors(op(*ours))
+    y_ref = tensors(reference(*theirs))
     tolerance = tolerance or TOLERANCE[dtype]
     assert len(y) == len(y_ref) > 0
     for i, (a, b) in enumerate(zip(y, y_ref, strict=True)):

@@ -191,7 +191,7 @@ def test_bytes(T, mask):
     least = 2 * n + 2 * n * pairs / tiles
     assert least <= moved.total <= 1.05 * least
     with traffic() as moved:
-        module._bwd(o, q, k, v, None, o, lse, module.LAGS[mask])
+        module._bwd(o, q, k, v, None, o, lse, module.LAGS[mask], False)
     least = 4 * n + 4 * n + 4 * n * pairs / tiles
     assert least <= moved.total <= 1.05 * least
 
@@ -206,7 +206,7 @@ def test_bytes_of_a_bias():
     counts = []
     for b in (None, bias):
         with traffic() as moved:
-            module._bwd(o, q, k, v, b, o, lse, -1)
+            module._bwd(o, q, k, v, b, o, lse, -1, b is not None)
         counts.append(moved.total)
     least = 4 * nbytes(q) * H  # H * H pairs of rows, each 4 n / H
     scores = nbytes(q) // 64 * H * W * 3 + nbytes(bias) * W * 2  # bias read for every score, three times; sums written
@@ -270,7 +270,7 @@ def test_the_plain_strict_form_has_no_nan():
 def test_auto_prefers_pytorch_where_it_wins(monkeypatch):
     """In mode "auto" only "strict" and a bias ask for Triton."""
     left = []
-    monkeypatch.setattr(module, "use_triton", lambda *rest, library: left.append(library))
+    monkeypatch.setattr(module, "use_triton", lambda *rest, library, least: left.append(library))
     q, k, v = inputs(6)
     for mask in (None, "causal", "strict", table(2, 3)):
         attention(q, k, v, mask)

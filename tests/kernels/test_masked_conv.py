@@ -306,3 +306,17 @@ def test_the_plain_form_is_the_reference(monkeypatch, avx512, shape, k, mask_typ
 def test_layouts_stay(f, layout):
     x, weight, bias = inputs()
     assert f(x.to(memory_format=layout), weight, bias).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("cond", [False, True])
+def test_under_autocast_all_take_its_type(cond):
+    """As PyTorch's own convolution does: float32 parameters beside a half-precision x or condition."""
+    x, weight = torch.randn(2, 4, 5, 6, device=DEVICE), torch.randn(8, 4, 3, 3, device=DEVICE, requires_grad=True)
+    c = torch.randn(2, 8, device=DEVICE, dtype=torch.bfloat16) if cond else None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, z = masked_conv2d(x, weight), gated_masked_conv2d(x.bfloat16(), weight, None, c)
+        want = masked_conv2d_reference(x, weight)
+    assert y.dtype == z.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), want.float(), rtol=0.02, atol=0.05)
+    (y.sum() + z.sum()).backward()
+    assert weight.grad.dtype == torch.float32

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import DEVICE
 
 import kernels
+import kernels.decode_attention
 from kernels.attention import attention
 from kernels.group_norm import group_norm_silu
 from kernels.masked_conv import gated_masked_conv2d, masked_conv2d
 
 ROOT = Path(__file__).resolve().parents[2]
-INPUTS = torch.randn(2, 4, 3, 3), 2, torch.ones(4), torch.zeros(4)
+INPUTS = torch.randn(2, 4, 3, 3, device=DEVICE), 2, torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE)
 
 
 def python(code, **env):
@@ -44,8 +46,10 @@ def test_auto_leaves_to_the_library_what_the_report_says(monkeypatch):
     masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
     gated_masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
     attention(*torch.randn(3, 1, 1, 4, 16))
+    attention(*torch.randn(3, 1, 1, 4, 16), mask="strict")  # too small for a launch
     with pytest.raises(TypeError):  # _fwd is None
-        attention(*torch.randn(3, 1, 1, 4, 16), mask="strict")
+        attention(*torch.randn(3, 4, 8, 64, 32), mask="strict")
+    kernels.decode_attention.decode_attention(*torch.randn(3, 0, 2, 1, 16), 1)  # nothing to launch for
     runs = {line.split()[0]: line for line in kernels.report().splitlines()}
     for op, line in runs.items():
         assert line.split()[1] == ("torch" if op in ("masked_conv2d", "gated_masked_conv2d") else "triton")

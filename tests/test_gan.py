@@ -212,6 +212,12 @@ def test_stacked_digits():
     assert torch.equal(gan.stack(data).train, stacked.train)
 
 
+def test_one_image_has_no_diversity_to_compare_with():
+    _, D, _ = build()
+    D = D.float()
+    assert gan.shares(D, torch.rand(4, 1, 8, 8), torch.rand(1, 1, 8, 8)) == [1.0, 1.0]
+
+
 # ---- the script
 
 TINY = [*tiny.TINY["gan"].split(), *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
@@ -228,7 +234,8 @@ def final(out):
 
 @pytest.mark.parametrize("flags", [
     "--loss nonsaturating --r1 1", "--loss hinge --spectral-norm", "--loss wgan-gp", "--loss minimax --no-labels",
-    "--amp bf16 --patch 2", "--truncation 0.5 --label 2", "--dataset stacked_mnist", "--blocks 2 --halvings 2"])
+    "--amp bf16 --patch 2", "--loss wgan-gp --amp bf16 --r2 1", "--truncation 0.5 --label 2", "--dataset stacked_mnist",
+    "--blocks 2 --halvings 2"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     gan.main([*TINY, "--out", str(out), *flags.split()])

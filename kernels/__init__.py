@@ -48,6 +48,7 @@ LIBRARY = {  # operation: the calls that "auto" leaves to the kernels that come 
     "masked_conv2d": "all calls",
     "gated_masked_conv2d": "all calls",
 }
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the types that kernels take
 mode = os.environ.get("M2_KERNELS", "auto")
 fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: how often auto fell back for it
 
@@ -124,6 +125,17 @@ def launching(x):
 def accumulator(x):
     """The type in which a kernel computes: float64 for float64 (gradcheck), else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def acc_type(x):
+    """accumulator(x) as the kernels name it."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def dense(x):
+    """x itself where it is contiguous or channels_last, else a contiguous copy; and whether it is channels_last."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return (x, True) if last else (x.contiguous(), False)
 
 
 def autocast(*tensors):

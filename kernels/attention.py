@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
 from .decode_attention import _at, _load, _rows, decode_attention  # noqa: F401
 
 LAGS = {None: -1, "causal": 0, "strict": 1}  # mask: i sees j where i - j >= lag; -1: everywhere
@@ -305,7 +305,7 @@ _fwd.register_autograd(_backward, setup_context=_save)
 
 def supports(q, k, v, bias=None):
     tensors = [x for x in (q, k, v, bias) if x is not None]
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         return False, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
     most = 128 if q.dtype == torch.float64 else 256  # what shared memory holds
     if not 16 <= q.shape[-1] <= most or any(x.device != q.device for x in tensors):

@@ -20,7 +20,7 @@ When not: on the CPU, and under torch.compile, which fuses this with its neighbo
 import torch
 import torch.nn.functional as F
 
-from . import Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launching, tl, triton, use_triton
 
 TILE = 4096  # elements that a program holds at once
 TILES = 4  # tiles that a program of the backward kernel goes through, for one partial sum a channel
@@ -93,12 +93,6 @@ def _bias_act_bwd_kernel(DY, Sign, DX, DBs, C, R, P, stride_c, stride_p, SLOPE: 
 # ---- operators
 
 
-def _dense(x):
-    """x itself where it is contiguous or channels_last, else a contiguous copy; and whether it is channels_last."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return (x, True) if last else (x.contiguous(), False)
-
-
 def _like(x, last):
     """x in the layout that goes with last."""
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -117,7 +111,7 @@ def _layout(x, last):
         block_r = min(triton.next_power_of_2(P), TILE // 4)
         block_c = min(triton.next_power_of_2(C), TILE // block_r)
         block_r = min(triton.next_power_of_2(R), TILE // block_c)
-    constants = {"ACC": tl.float64 if x.dtype == torch.float64 else tl.float32, "BLOCK_C": block_c, "BLOCK_R": block_r}
+    constants = {"ACC": acc_type(x), "BLOCK_C": block_c, "BLOCK_R": block_r}
     constants["num_warps"] = 8
     return (C, R, P, *strides), constants, triton.cdiv(R, block_r), triton.cdiv(C, block_c)
 
@@ -125,7 +119,7 @@ def _layout(x, last):
 @torch.library.custom_op("m2::bias_act_fwd", mutates_args=())
 def _fwd(x: torch.Tensor, bias: torch.Tensor | None, sign: torch.Tensor | None, slope: float, gain: float) -> torch.Tensor:
     """gain * factor * (x + bias), in the layout of sign where that is given, else of x."""
-    last = _dense(x if sign is None else sign)[1]
+    last = dense(x if sign is None else sign)[1]
     x = _like(x, last)
     y = torch.empty_like(x)
     sizes, constants, rows, columns = _layout(x, last)
@@ -138,13 +132,13 @@ def _fwd(x: torch.Tensor, bias: torch.Tensor | None, sign: torch.Tensor | None, 
 
 @_fwd.register_fake
 def _(x, bias, sign, slope, gain):
-    return torch.empty_like(_like(x, _dense(x if sign is None else sign)[1]))
+    return torch.empty_like(_like(x, dense(x if sign is None else sign)[1]))
 
 
 @torch.library.custom_op("m2::bias_act_bwd", mutates_args=())
 def _bwd(dy: torch.Tensor, y: torch.Tensor, bias: bool, slope: float, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias, the latter in the type of accumulation, and empty where there is no bias."""
-    y, last = _dense(y)
+    y, last = dense(y)
     dy, dx = _like(dy, last), torch.empty_like(y)
     sizes, constants, rows, columns = _layout(y, last)
     chunks = triton.cdiv(rows, TILES)
@@ -157,7 +151,7 @@ def _bwd(dy: torch.Tensor, y: torch.Tensor, bias: bool, slope: float, gain: floa
 
 @_bwd.register_fake
 def _(dy, y, bias, slope, gain):
-    return torch.empty_like(_dense(y)[0]), y.new_empty(y.shape[1] if bias else 0, dtype=accumulator(y))
+    return torch.empty_like(dense(y)[0]), y.new_empty(y.shape[1] if bias else 0, dtype=accumulator(y))
 
 
 def _save_fwd(ctx, inputs, output):
@@ -186,7 +180,7 @@ _bwd.register_autograd(_backward_bwd, setup_context=_save_bwd)
 
 
 def supports(x, bias):
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if x.dtype not in FLOATS:
         return False, f"x is {x.dtype}"
     if bias is not None and bias.device != x.device:
         return False, f"x is on {x.device}, bias on {bias.device}"

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launching, tl, triton, use_triton
 
 MIN = 1e-5  # the least width and height of a bin, as a share of 2 * tail_bound, and the least derivative
 END = math.log(math.expm1(1 - MIN))  # what makes a derivative 1, as it is at both tails
@@ -333,21 +333,15 @@ def _spline_bwd_kernel(X, Params, DY, DL, DX, DParams, tail_bound: tl.constexpr,
 # ---- operators: those of an affine coupling have a split (0 with a mask) and bound s_max; a spline's bound is tail_bound
 
 
-def _dense(x):
-    """x itself where it is contiguous or channels_last, else a contiguous copy; and whether it is channels_last."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return (x, True) if last else (x.contiguous(), False)
-
-
 def _as(a, x):
     """a in the layout that x has once it is dense."""
-    return a.contiguous(memory_format=torch.channels_last if _dense(x)[1] else torch.contiguous_format)
+    return a.contiguous(memory_format=torch.channels_last if dense(x)[1] else torch.contiguous_format)
 
 
 def _layout(x, params, mask, split, bound, reverse):
     """Dense x and params, the number of programs a sample, and the other arguments that all kernels take."""
-    (x, last), params, C, n = _dense(x), _as(params, x), x.shape[1], x[0].numel()
-    acc = tl.float64 if accumulator(x) == torch.float64 else tl.float32
+    (x, last), params, C, n = dense(x), _as(params, x), x.shape[1], x[0].numel()
+    acc = acc_type(x)
     if split is None:
         K, inner = (params.shape[1] // C + 1) // 3, 1 if last else n // C
         bins = triton.next_power_of_2(K)
@@ -393,13 +387,13 @@ def _backward(ctx, dy, dl):
     return *_bwd(dy, dl, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
-_fwd.register_fake(lambda x, *rest: (torch.empty_like(_dense(x)[0]), x.new_empty(len(x), dtype=accumulator(x))))
-_bwd.register_fake(lambda dy, dl, x, params, *rest: (torch.empty_like(_dense(x)[0]), torch.empty_like(_as(params, x))))
+_fwd.register_fake(lambda x, *rest: (torch.empty_like(dense(x)[0]), x.new_empty(len(x), dtype=accumulator(x))))
+_bwd.register_fake(lambda dy, dl, x, params, *rest: (torch.empty_like(dense(x)[0]), torch.empty_like(_as(params, x))))
 _fwd.register_autograd(_backward, setup_context=_save)
 
 
 def supports(x, params, mask=None, bins=1):
-    if not {x.dtype, params.dtype} <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+    if not {x.dtype, params.dtype} <= set(FLOATS):
         return False, f"x is {x.dtype}, params are {params.dtype}"
     if params.device != x.device or (mask is not None and mask.device != x.device):
         return False, f"x is on {x.device}, params or the mask elsewhere"

@@ -13,7 +13,7 @@ When not: for one head and a short cache any form is as fast; on the CPU PyTorch
 import torch
 import torch.nn.functional as F
 
-from . import Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, accumulator, jit, launching, tl, triton, use_triton
 
 DECODE_CHUNK = 256  # least number of keys that are worth a program
 
@@ -118,7 +118,7 @@ def _(q, k, v, length):
 
 
 def supports(q, k, v):
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         return False, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
     if not 16 <= q.shape[-1] <= 256 or not q.device == k.device == v.device:
         return False, f"head_dim {q.shape[-1]} is not in 16..256, or the tensors are on several devices"

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launching, tl, triton, use_triton
 
 TILE = 8192  # elements that a program holds at once
 
@@ -213,15 +213,9 @@ def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, st
 # ---- operators
 
 
-def _dense(x):
-    """x itself where it is contiguous or channels_last, else a contiguous copy; and whether it is channels_last."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return (x, True) if last else (x.contiguous(), False)
-
-
 def _layout(x, groups):
     """Sizes and strides for the kernels; blocks of the whole-group kernels, or None; blocks of the split ones."""
-    x, last = _dense(x)
+    x, last = dense(x)
     C, P = x.shape[1], x[0, 0].numel()
     strides = (1, C) if last else (P, 1)
     whole = triton.next_power_of_2(C // groups), triton.next_power_of_2(P)
@@ -241,7 +235,7 @@ def _num_warps(blocks):
 
 
 def _constants(x, blocks, **more):
-    acc = tl.float64 if accumulator(x) == torch.float64 else tl.float32
+    acc = acc_type(x)
     return {"ACC": acc, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1], "num_warps": _num_warps(blocks)} | more
 
 
@@ -269,14 +263,14 @@ def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor,
 @_fwd.register_fake
 def _(x, groups, weight, bias, eps, silu):
     stats = x.new_empty(x.shape[0], groups, dtype=accumulator(x))
-    return torch.empty_like(_dense(x)[0]), stats, torch.empty_like(stats)
+    return torch.empty_like(dense(x)[0]), stats, torch.empty_like(stats)
 
 
 @torch.library.custom_op("m2::group_norm_bwd", mutates_args=())
 def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
          rstd: torch.Tensor, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, sizes, whole, blocks, chunk, splits = _layout(x, groups)
-    dy = dy.contiguous(memory_format=torch.channels_last if _dense(x)[1] else torch.contiguous_format)
+    dy = dy.contiguous(memory_format=torch.channels_last if dense(x)[1] else torch.contiguous_format)
     weight, bias, B, C, acc = weight.contiguous(), bias.contiguous(), x.shape[0], x.shape[1], accumulator(x)
     dx = torch.empty_like(x)
     with launching(x):
@@ -297,7 +291,7 @@ def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, b
 
 @_bwd.register_fake
 def _(dy, x, groups, weight, bias, mean, rstd, silu):
-    return torch.empty_like(_dense(x)[0]), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return torch.empty_like(dense(x)[0]), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx, inputs, output):
@@ -315,7 +309,7 @@ _fwd.register_autograd(_backward, setup_context=_save)
 
 
 def supports(x, groups, weight, bias):
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if x.dtype not in FLOATS:
         return False, f"x is {x.dtype}"
     if not weight.device == bias.device == x.device:
         return False, f"x is on {x.device}, weight on {weight.device}, bias on {bias.device}"

@@ -24,7 +24,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, jit, launching, tl, triton, use_triton
 
 TILE = 512  # mixtures times positions that a program of the forward kernel has
 CHUNK = 1 << 17  # mixtures times channels times positions that a thread of the plain form has at once, to stay in cache
@@ -265,7 +265,7 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.T
     with launching(x):
         _logistic_fwd_kernel[(B * triton.cdiv(sizes[1], block_p),)](
             x.contiguous(), params, ll, grad, *sizes, C=C, M=M, GRADIENT=gradient,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32, BLOCK_M=block_m, BLOCK_P=block_p)
+            ACC=acc_type(params), BLOCK_M=block_m, BLOCK_P=block_p)
     return ll, grad
 
 
@@ -302,7 +302,7 @@ _fwd.register_autograd(_backward, setup_context=_save)
 
 
 def supports(x, params):
-    if params.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if params.dtype not in FLOATS:
         return False, f"params are {params.dtype}"
     if x.device != params.device:
         return False, f"x is on {x.device}, params on {params.device}"

@@ -15,7 +15,7 @@ around the image. Every mask keeps the first `taps` of the kh*kw taps in raster 
 Plain form: the kernel cropped to its live rows, exact, with (k+1) / 2k of the work: 6/9 at k = 3, where 4/9 or 5/9 are live.
 
 Least bytes, x and y standing for theirs, of the kernels; weights and cond beside them are small or read once:
-    forward    x + y;   gated x + 3y: p and q are saved, in the type of x, as computing them again is the convolution again
+    forward    x + y;   gated, for gradients, x + 3y: p and q are saved, in the type of x, as that is the convolution again
     backward   dx: dy + dx;   dweight: x + dy;   gated, before those: 5y, p, q and out's gradient in, theirs out (2y)
 The kernels are implicit matrix products over live taps. By design they ask again for what caches hold: an x tile (dy for dx)
 once a live tap and block of output channels, weights once a block of pixels, dweight's tiles once a block of the other side
@@ -30,7 +30,7 @@ multiplies as torch.backends.cudnn says, on recent cards by default in tf32.
 import torch
 import torch.nn.functional as F
 
-from . import INTERPRETING, Spec, accumulator, autocast, jit, launching, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, autocast, jit, launching, tl, triton, use_triton
 
 BLOCKS = {2: (128, 64, 32), 4: (64, 32, 16)}  # bytes of an element: pixels, output channels (half where gated), input channels
 SMALL = 2**16  # plain form, on a CPU without AVX-512: so few elements of x make a product faster than a convolution
@@ -99,10 +99,10 @@ def _load_pixels(X, m, c, C, M, H, W, di, dj):
 
 @jit
 def _conv_kernel(X, Weight, Bias, Cond, Y, PQ, M, H, W, C, N, taps, cond_b, cond_p, KH: tl.constexpr, KW: tl.constexpr,
-                 MIRROR: tl.constexpr, BIAS: tl.constexpr, COND: tl.constexpr, GATE: tl.constexpr,
+                 MIRROR: tl.constexpr, BIAS: tl.constexpr, COND: tl.constexpr, GATE: tl.constexpr, KEEP: tl.constexpr,
                  ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_M pixels by BLOCK_N of the N channels of Y. Weight (taps, C, N), or (taps, C, 2N) with GATE, which also fills
-    PQ. MIRROR takes the taps to the other side: the transposed convolution, for dx."""
+    """BLOCK_M pixels by BLOCK_N of the N channels of Y. Weight (taps, C, N), or (taps, C, 2N) with GATE; KEEP fills PQ
+    too. MIRROR takes the taps to the other side: the transposed convolution, for dx."""
     pid, blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     m, n = pid // blocks * BLOCK_M + tl.arange(0, BLOCK_M), pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     steps, wide = tl.cdiv(C, BLOCK_K), N * 2 if GATE else N
@@ -130,9 +130,10 @@ def _conv_kernel(X, Weight, Bias, Cond, Y, PQ, M, H, W, C, N, taps, cond_b, cond
             cond = Cond + row // (H * W) * cond_b + row % (H * W) * cond_p + n[None, :]
             a += tl.load(cond, mask=mask, other=0.0).to(ACC)
             b += tl.load(cond + N, mask=mask, other=0.0).to(ACC)
-        pq = PQ + row * wide + n[None, :]
-        tl.store(pq, a.to(PQ.dtype.element_ty), mask=mask)
-        tl.store(pq + N, b.to(PQ.dtype.element_ty), mask=mask)
+        if KEEP:
+            pq = PQ + row * wide + n[None, :]
+            tl.store(pq, a.to(PQ.dtype.element_ty), mask=mask)
+            tl.store(pq + N, b.to(PQ.dtype.element_ty), mask=mask)
         a = (2 / (1 + tl.exp(-2 * a)) - 1) / (1 + tl.exp(-b))
     tl.store(Y + row * N + n[None, :], a.to(Y.dtype.element_ty), mask=mask)
 
@@ -194,14 +195,13 @@ def _block(size, most):
 
 
 def _constants(x, weight):
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    acc = acc_type(x)
     return {"KH": weight.shape[2], "KW": weight.shape[3], "UPCAST": INTERPRETING, "ACC": acc}
 
 
-def _conv(x, weight, live, bias, cond, y, pq, mirror=False):
+def _conv(x, weight, live, bias, cond, y, pq=None, gate=False, mirror=False):
     """Launch _conv_kernel. live (taps, C, N): the live taps of weight. All images are channels_last."""
-    (B, C, H, W), N = x.shape, y.shape[1]
-    strides, gate = (0, 0), pq is not None
+    (B, C, H, W), N, strides = x.shape, y.shape[1], (0, 0)
     if cond is not None:
         whole = cond.dim() == 4 and cond.shape[2:] == x.shape[2:]
         cond, strides = _to_last(cond) if whole else cond.contiguous(), (cond.shape[1] * (H * W if whole else 1), 2 * N * whole)
@@ -209,9 +209,9 @@ def _conv(x, weight, live, bias, cond, y, pq, mirror=False):
     block_n = _block(N, block_n // 2 if gate else block_n)
     with launching(x):
         _conv_kernel[(triton.cdiv(B * H * W, block_m) * triton.cdiv(N, block_n),)](
-            x, live, live if bias is None else bias.contiguous(), live if cond is None else cond, y, pq if gate else y,
+            x, live, live if bias is None else bias.contiguous(), live if cond is None else cond, y, y if pq is None else pq,
             B * H * W, H, W, C, N, len(live), *strides, MIRROR=mirror, BIAS=bias is not None, COND=cond is not None, GATE=gate,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_block(C, block_k), **_constants(x, weight))
+            KEEP=pq is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_block(C, block_k), **_constants(x, weight))
 
 
 def _live(weight, taps, *order):
@@ -222,7 +222,7 @@ def _live(weight, taps, *order):
 @torch.library.custom_op("m2::masked_conv_fwd", mutates_args=())
 def _fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taps: int) -> torch.Tensor:
     y = _empty(x, len(weight))
-    _conv(_to_last(x), weight, _live(weight, taps, 2, 1, 0), bias, None, y, None)
+    _conv(_to_last(x), weight, _live(weight, taps, 2, 1, 0), bias, None, y)
     return _as(x, y)
 
 
@@ -233,15 +233,15 @@ def _(x, weight, bias, taps):
 
 @torch.library.custom_op("m2::gated_masked_conv_fwd", mutates_args=())
 def _gated_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cond: torch.Tensor | None,
-               taps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    out, pq = _empty(x, len(weight) // 2), _empty(x, len(weight))
-    _conv(_to_last(x), weight, _live(weight, taps, 2, 1, 0), bias, cond, out, pq)
-    return _as(x, out), pq
+               taps: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, pq = _empty(x, len(weight) // 2), _empty(x, len(weight)) if keep else None
+    _conv(_to_last(x), weight, _live(weight, taps, 2, 1, 0), bias, cond, out, pq, gate=True)
+    return _as(x, out), pq if keep else x.new_empty(0)
 
 
 @_gated_fwd.register_fake
-def _(x, weight, bias, cond, taps):
-    return _empty(x, len(weight) // 2, _last(x)), _empty(x, len(weight))
+def _(x, weight, bias, cond, taps, keep):
+    return _empty(x, len(weight) // 2, _last(x)), _empty(x, len(weight)) if keep else x.new_empty(0)
 
 
 @torch.library.custom_op("m2::gate_bwd", mutates_args=())
@@ -262,7 +262,7 @@ def _(dout, pq):
 @torch.library.custom_op("m2::masked_conv_dx", mutates_args=())
 def _dx(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, taps: int) -> torch.Tensor:
     dx = _empty(x, x.shape[1])
-    _conv(_to_last(dy), weight, _live(weight, taps, 2, 0, 1), None, None, dx, None, mirror=True)
+    _conv(_to_last(dy), weight, _live(weight, taps, 2, 0, 1), None, None, dx, mirror=True)
     return _as(x, dx)
 
 
@@ -307,7 +307,7 @@ def _backward(ctx, dy):
 
 
 def _gated_save(ctx, inputs, output):
-    x, weight, _, cond, ctx.taps = inputs
+    x, weight, _, cond, ctx.taps, _ = inputs
     ctx.cond = None if cond is None else cond.shape
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -316,11 +316,11 @@ def _gated_save(ctx, inputs, output):
 
 def _gated_backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 5
+        return (None,) * 6
     x, weight, pq = ctx.saved_tensors
     d = _gate_bwd(dout, pq)
     dcond = None if ctx.cond is None else d if ctx.cond == d.shape else d.sum((2, 3)).view(ctx.cond)
-    return *_grads(ctx.needs_input_grad, d, x, weight, ctx.taps), dcond, None
+    return *_grads(ctx.needs_input_grad, d, x, weight, ctx.taps), dcond, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
@@ -328,7 +328,7 @@ _gated_fwd.register_autograd(_gated_backward, setup_context=_gated_save)
 
 
 def supports(x, weight, bias, cond=None):
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if x.dtype not in FLOATS:
         return False, f"x is {x.dtype}"
     for name, a in {"weight": weight, "bias": bias, "cond": cond}.items():
         if a is not None and (a.dtype != x.dtype or a.device != x.device):
@@ -381,14 +381,15 @@ def gated_masked_conv2d(x, weight, bias=None, cond=None, mask_type="B"):
                          f"{None if cond is None else tuple(cond.shape)} do not fit x {tuple(x.shape)}")
     x, weight, bias, cond = autocast(x, weight, bias, cond)
     if use_triton("gated_masked_conv2d", x, supports(x, weight, bias, cond), library=True):
-        return _gated_fwd(x, weight, bias, cond, taps)[0]
+        keep = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, weight, bias, cond))
+        return _gated_fwd(x, weight, bias, cond, taps, keep)[0]
     return gated_masked_conv2d_torch(x, weight, bias, cond, mask_type)
 
 
 def _spec(kernel, dtype, tensors, registers, gate=False, mirror=False):
     args = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("H", "W", "taps"), "i32") | {"Sums": "*fp32"}
     args |= dict.fromkeys(("M", "C", "N", "cond_b", "chunk", "size"), "i32:16") | {"cond_p": 0, "BLOCK": 1024}
-    args |= {"KH": 3, "KW": 3, "MIRROR": mirror, "BIAS": not mirror, "COND": gate, "GATE": gate}
+    args |= {"KH": 3, "KW": 3, "MIRROR": mirror, "BIAS": not mirror, "COND": gate, "GATE": gate, "KEEP": gate}
     m, n, k = BLOCKS[4 if dtype == "fp32" else 2]
     m, n, k = (n // 2, n, n) if kernel == "_dweight_kernel" else (m, n // 2 if gate else n, k)
     args |= {"ACC": tl.float32, "UPCAST": False, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}

@@ -23,7 +23,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from . import INTERPRETING, Spec, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, jit, launching, tl, triton, use_triton
 
 LARGE = 1 << 14  # vectors from which on a program has 64 of them, below it 16, so that there are programs for a whole device
 BLOCK_D = 16, 64  # elements of a row that a program holds at once: of float32 and float64, of half types
@@ -172,10 +172,6 @@ def _sum_kernel(X, Order, Starts, Sums, D: tl.constexpr, ACC: tl.constexpr, BLOC
 # ---- operators
 
 
-def _acc(x):
-    return tl.float64 if accumulator(x) == torch.float64 else tl.float32
-
-
 def _dot_constants(acc, half):
     """How z and codes are multiplied: half, their common type, as it is; else float32 in three parts; float64 as it is."""
     dot = half or (tl.float64 if acc == tl.float64 else tl.bfloat16)
@@ -195,7 +191,7 @@ def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, tor
     z, codebook, (N, D), K = z.contiguous(), codebook.contiguous(), z.shape, len(codebook)
     wider = _wider(z, codebook)
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(z.dtype) if z.dtype == codebook.dtype else None
-    constants = _dot_constants(_acc(wider), half)
+    constants = _dot_constants(acc_type(wider), half)
     e = codebook.to(accumulator(wider))
     norm, parts = e.square().sum(1), codebook if half else e
     if constants["PARTS"] == 3:
@@ -223,7 +219,7 @@ def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
     sums = x.new_empty(n_codes, D, dtype=accumulator(x))
     block = min(triton.next_power_of_2(D), 128)
     with launching(x):
-        _sum_kernel[(n_codes, triton.cdiv(D, block))](x, order, starts, sums, D=D, ACC=_acc(x), BLOCK_N=32, BLOCK_D=block)
+        _sum_kernel[(n_codes, triton.cdiv(D, block))](x, order, starts, sums, D=D, ACC=acc_type(x), BLOCK_N=32, BLOCK_D=block)
     return sums
 
 
@@ -252,7 +248,7 @@ _sum.register_autograd(lambda ctx, dsums: (dsums[ctx.saved_tensors[0]].to(ctx.dt
 
 def supports(z, codebook):
     for name, x in (("z", z), ("codebook", codebook)):
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if x.dtype not in FLOATS:
             return False, f"{name} is {x.dtype}"
     return z.device == codebook.device, f"z is on {z.device}, codebook on {codebook.device}"
 

@@ -230,7 +230,7 @@ def test_gradcheck(small):
 def test_as_custom_operators(small, shape, channels_last):
     x, weight, bias, cond = inputs(shape, 2, channels_last=channels_last, cond="vector")
     opcheck(module._fwd, (x, weight, bias, 1))
-    opcheck(module._gated_fwd, (x, weight, bias if channels_last else None, cond if channels_last else None, 2))
+    opcheck(module._gated_fwd, (x, weight, bias if channels_last else None, cond if channels_last else None, 2, True))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -278,8 +278,12 @@ def test_bytes(small):
         module._dweight(y, x, weight, taps)
     assert moved.total == 4 * (reach * C * blocks_n + taps * y.numel() * blocks_c + live * (pixels // 16))
     with traffic() as moved:
-        out, pq = module._gated_fwd(x, weight, bias, None, taps)
+        out, pq = module._gated_fwd(x, weight, bias, None, taps, True)
     assert moved.total == 4 * (reach * C + (live + N) * blocks_m) + nbytes(out, pq)
+    with traffic() as moved:
+        same, nothing = module._gated_fwd(x, weight, bias, None, taps, False)
+    assert moved.total == 4 * (reach * C + (live + N) * blocks_m) + nbytes(out)
+    assert torch.equal(same, out) and not nothing.numel()
     with traffic() as moved:
         module._gate_bwd(out, pq)
     assert moved.total == nbytes(out) + 2 * nbytes(pq)

@@ -1092,7 +1092,7 @@ def main(argv=None):
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", 10)
         unit = "steps" if cfg.sampler == "cached" else "passes"
-        print(f"{len(images)} samples in {seconds:.1f} s ({cfg.sampler}: {passes} {unit} for {C * H * W} pixels), "
+        print(f"{len(images)} samples in {seconds:.2f} s ({cfg.sampler}: {passes} {unit} for {C * H * W} pixels), "
               f"in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
     if cfg.complete != "no":
         show_completions(ema, data, cfg, run)

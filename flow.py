@@ -1138,7 +1138,7 @@ def main(argv=None):
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
         write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
         save_grid(images[:80], run.out / "samples.png", 10)
-        print(f"{len(images)} samples in {seconds:.1f} s ({passes} passes), in {run.out / 'samples.npz'}, the first in "
+        print(f"{len(images)} samples in {seconds:.2f} s ({passes} passes), in {run.out / 'samples.npz'}, the first in "
               f"{run.out / 'samples.png'}")
     run.check()
 

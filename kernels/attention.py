@@ -225,7 +225,7 @@ def _tiles(head_dim, element_size, forward, hip=torch.version.hip is not None):
     block_d = triton.next_power_of_2(head_dim)
     block = max(16, min(64, TILE_BYTES // (1 + hip) // (block_d * element_size)))
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK": block, "STEP": min(block, 16 if hip else 64 if forward else 32),
-            "num_warps": 8 if element_size > 2 else 4, "num_stages": 1 if hip else 2}
+            "num_warps": 8 if element_size > 2 else 4, "num_stages": 1 if hip else 3 if forward and element_size > 2 else 2}
 
 
 def _prepare(q, bias, lag, forward):
@@ -345,19 +345,22 @@ def _spec(kernel, dtype, registers, mask=None, **more):
     args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images", "splits"), "i32")
     args |= {"LAG": LAGS[mask], "DOT": dot, "TF32": False} | nvidia | more
     args = {x: args.get(x, "i32:16") for x in globals()[kernel].arg_names}  # strides are multiples of 16
-    name = ", ".join([dtype, *filter(None, [mask, args.get("BIAS") and "bias", args.get("KEYS") and "keys"])])
-    # float32 products with all digits use no matrix unit on sm_80
-    return Spec(kernel, name, args, nvidia["num_warps"], nvidia["num_stages"], registers, matrix=dtype != "fp32", hip=hip)
+    name = ", ".join([dtype, *filter(None, [mask, args.get("BIAS") and "bias", args.get("KEYS") and "keys",
+                                          args["TF32"] and "tf32"])])
+    # float32 products with all digits use no matrix unit on sm_80, and AMD has no tf32
+    return Spec(kernel, name, args, nvidia["num_warps"], nvidia["num_stages"], registers, matrix=dtype != "fp32",
+                hip=hip | {"TF32": False})
 
 
 AOT_SPECS = [] if triton is None else [
     spec for t, fwd, rows, keys, dbias in (
         ("fp32", 112, 112, 136, 176), ("bf16", 240, 208, 255, 236), ("fp16", 240, 208, 255, 236))
     for spec in (
-        *(spec for mask, bias in (("strict", False), ("causal", True)) for spec in (
+        *(spec for mask, bias in (("strict", False), ("causal", True), (None, True)) for spec in (
             _spec("_attention_fwd_kernel", t, fwd, mask, BIAS=bias),
             _spec("_attention_bwd_kernel", t, rows, mask, BIAS=bias, KEYS=False),
             _spec("_attention_bwd_kernel", t, keys, mask, BIAS=bias, KEYS=True))),
         _spec("_attention_dbias_kernel", t, dbias, "causal"),
     )
-]
+] + [_spec(kernel, "fp32", 255, "strict", BIAS=False, TF32=True, **keys) for kernel, keys in (
+    ("_attention_fwd_kernel", {}), ("_attention_bwd_kernel", {"KEYS": False}), ("_attention_bwd_kernel", {"KEYS": True}))]

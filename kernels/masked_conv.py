@@ -196,7 +196,7 @@ def _block(size, most):
 
 def _constants(x, weight):
     acc = acc_type(x)
-    return {"KH": weight.shape[2], "KW": weight.shape[3], "UPCAST": INTERPRETING, "ACC": acc}
+    return {"KH": weight.shape[2], "KW": weight.shape[3], "UPCAST": INTERPRETING, "ACC": acc, "num_stages": 3}  # 2 spill on AMD
 
 
 def _conv(x, weight, live, bias, cond, y, pq=None, gate=False, mirror=False):
@@ -394,7 +394,8 @@ def _spec(kernel, dtype, tensors, registers, gate=False, mirror=False):
     m, n, k = (n // 2, n, n) if kernel == "_dweight_kernel" else (m, n // 2 if gate else n, k)
     args |= {"ACC": tl.float32, "UPCAST": False, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     matrix = dtype != "fp32" and kernel != "_gate_bwd_kernel"  # float32 with "ieee" precision: no matrix unit on NVIDIA
-    return Spec(kernel, ", ".join([dtype, *["gate"] * gate, *["dx"] * mirror]), args, registers=registers, matrix=matrix)
+    name = ", ".join([dtype, *["gate"] * gate, *["dx"] * mirror])
+    return Spec(kernel, name, args, num_stages=3, registers=registers, matrix=matrix)
 
 
 _CONV = ("X", "Weight", "Bias", "Cond", "Y", "PQ")

@@ -723,7 +723,7 @@ def write(path, save):
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror or e}", 1)
     finally:
-        if os.path.exists(part):
+        with contextlib.suppress(OSError):
             part.unlink()
 
 
@@ -752,7 +752,8 @@ class Run:
         self.out, self.path, self.metrics = Path(cfg.out), Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / "metrics.jsonl"
         if cfg.resume or cfg.mode != "train":
             self.load()
-            given |= {"mode", "out", "resume", "overwrite"} | ({"steps", "minutes"} if {"steps", "minutes"} & given else set())
+            given = given | {"mode", "out", "resume", "overwrite"}
+            given |= {"steps", "minutes"} if {"steps", "minutes"} & given else set()
             for name, value in self.saved["config"].items():
                 if name not in given:
                     setattr(cfg, name, value)
@@ -769,8 +770,10 @@ class Run:
     def load(self):
         try:
             saved = self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as e:  # no file, or whatever a damaged or hostile one raises: nothing in it is run
-            fail(f"{self.path}: no whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
+        except FileNotFoundError:
+            fail(f"--out {self.out}: there is no checkpoint.pt in it")
+        except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
+            fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
         if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
             fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
         if saved["script"] != self.script:

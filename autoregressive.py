@@ -159,7 +159,7 @@ class GatedPixelCNN(nn.Module):
         for block in self.blocks:
             v, h, g = block(v, h, y, r)
             skips.append(g)
-        return F.relu(self.skip(torch.cat(skips, 1)))
+        return F.relu(h + self.skip(torch.cat(skips, 1)))
 
 
 class TransformerBlock(nn.Module):
@@ -421,7 +421,7 @@ class GatedCache:
             g = torch.tanh(a) * torch.sigmoid(b)
             h = h + F.linear(g, block.h_out.weight[:, :, 0, 0], block.h_out.bias)
             gs.append(g)
-        return F.relu(F.linear(torch.cat(gs, 1), self.trunk.skip.weight[:, :, 0, 0], self.trunk.skip.bias))
+        return F.relu(h + F.linear(torch.cat(gs, 1), self.trunk.skip.weight[:, :, 0, 0], self.trunk.skip.bias))
 
 
 class MaskedCache:

@@ -517,12 +517,7 @@ CACHES = {GatedPixelCNN: GatedCache, MaskedPixelCNN: MaskedCache, Transformer: K
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     sampler temperature label complete""".split()
 
-BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
-
-
-def at_once(shape):
-    """BATCH, or as many fewer as images (C,H,W) are larger than MNIST's: a pixel may have 256 logits."""
-    return max(min(BATCH, BATCH * 784 // math.prod(shape)), 1)
+LOGITS = 784  # more values than so make an image a large one: each may have 256 logits
 
 
 def choose(cfg, H, W):
@@ -583,7 +578,7 @@ def evaluate(ema, data, cfg, run):
     """-log p(x) over the whole test split, which is binarised once; exact: with labels, p(x) = sum_y p(y) p(x | y)."""
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
     total, given = 0.0, 0.0
-    for x, y in zip(*(a.split(at_once(test.shape[1:])) for a in (test, data.test_labels)), strict=True):
+    for x, y in zip(*(a.split(at_once(test.shape[1:], LOGITS)) for a in (test, data.test_labels)), strict=True):
         logs = []
         for label in range(max(data.classes, 1)):
             run.check()
@@ -600,7 +595,7 @@ def generate(ema, n, shape, classes, cfg, run):
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
     images, passes = [], 0
-    for y in labels.split(at_once(shape)):
+    for y in labels.split(at_once(shape, LOGITS)):
         run.check()
         noise = torch.rand(len(y), *shape, generator=generator).to(run.device)
         levels, used = sample(ema, y.to(run.device), noise, cfg)
@@ -680,6 +675,12 @@ class Data(NamedTuple):
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: int  # 0 where there are no labels
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
+    have more than so many values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
 
 
 def fail(message, code=2) -> NoReturn:

@@ -544,8 +544,6 @@ def initialise(model, v, y):
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     recompute inverse temperature label compare""".split()
 
-BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
-
 
 def choose(cfg, H, W):
     """cfg, with what the size of the images and the architecture decide where nothing was said."""
@@ -604,7 +602,7 @@ def bits_per_dim(model, images, classes, cfg, run):
     """A bound on -log2 P(x) / dims of each image, one draw of the noise; with labels P(x) = sum_y P(y) P(x | y)."""
     generator, bits = torch.Generator().manual_seed(cfg.seed), []
     torch.manual_seed(cfg.seed)
-    for x in images.split(BATCH):
+    for x in images.split(at_once(images.shape[1:])):
         v, log_q = dequantize(model, x.to(run.device), generator)
         v, logs = v + cfg.noise * torch.randn_like(v), []
         for label in range(max(classes, 1)):
@@ -650,7 +648,7 @@ def generate(ema, n, classes, cfg, run):
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
     images, passes = [], 0
-    for y in labels.split(BATCH):
+    for y in labels.split(at_once(run.facts["shape"])):
         run.check()
         eps = [torch.randn(len(y), *s, generator=generator).to(run.device) for s in ema.f.noise_shapes]
         v, used = sample(ema, eps, y.to(run.device), cfg)
@@ -724,6 +722,12 @@ class Data(NamedTuple):
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: int  # 0 where there are no labels
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
+    have more than so many values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
 
 
 def fail(message, code=2) -> NoReturn:

@@ -253,13 +253,7 @@ def shares(D, fake, real):
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     truncation label""".split()
 
-BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
 COLLAPSED = 0.5  # share of the data's diversity below which the samples' is called collapsed
-
-
-def at_once(shape):
-    """BATCH, or as many fewer as images (C,H,W) are larger than CIFAR-10's."""
-    return max(min(BATCH, BATCH * 3072 // math.prod(shape)), 1)
 
 
 def choose(cfg, H, W):
@@ -426,6 +420,12 @@ class Data(NamedTuple):
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: int  # 0 where there are no labels
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
+    have more than so many values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
 
 
 def fail(message, code=2) -> NoReturn:

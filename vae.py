@@ -382,8 +382,6 @@ class IAFStep(nn.Module):
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     iw_samples temperature""".split()
 
-BATCH = 250  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
-
 
 def choose(cfg, H, W):
     """cfg, with what the size of the images and the number of levels decide where nothing was said."""
@@ -442,7 +440,7 @@ def evaluate(ema, data, cfg, run):
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
     sums, shifts = {}, [[] for _ in range(cfg.levels)]
     each = min(cfg.iw_samples, 4)  # draws at once, few enough to stay in the cache
-    for x in test.split(BATCH):
+    for x in test.split(at_once(test.shape[1:])):
         x = x.to(run.device)
         e = ema.encode(scale(ema, x))
         params, draws = infer(ema, e)
@@ -485,10 +483,10 @@ def report(metrics, n, cfg):
 def generate(ema, n, cfg, run):
     """n images (n,C,H,W) uint8, the means of p(x | z_1), from the averaged weights and the noise of --seed."""
     torch.manual_seed(cfg.seed)
-    images = []
-    for done in range(0, n, BATCH):
+    images, most = [], at_once(run.facts["shape"])
+    for done in range(0, n, most):
         run.check()
-        params = descend(ema, sample_prior(ema, min(BATCH, n - done), cfg.temperature), cfg.temperature)
+        params = descend(ema, sample_prior(ema, min(most, n - done), cfg.temperature), cfg.temperature)
         images.append(to_uint8(mean(params, cfg.likelihood)))
     return torch.cat(images)
 
@@ -567,6 +565,12 @@ class Data(NamedTuple):
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: int  # 0 where there are no labels
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
+    have more than so many values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
 
 
 def fail(message, code=2) -> NoReturn:

@@ -474,8 +474,6 @@ class Discriminator(nn.Module):
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     sampler temperature top_k top_p sample_size label complete""".split()
 
-BATCH = 125  # images at once in evaluation and sampling, so that their results do not depend on --batch-size
-
 
 def choose(cfg, H, W):
     """cfg, with what the size of the images decides where nothing was said."""
@@ -547,7 +545,7 @@ def update_ema(ema, model, step, share):
 def encode(model, images, run):
     """The codes (N,h,w) of images (N,C,H,W) uint8."""
     codes = []
-    for x in images.split(BATCH):
+    for x in images.split(at_once(images.shape[1:])):
         run.check()
         codes.append(model.quantizer(model.encode(x.to(run.device) / 127.5 - 1))[1].cpu())
     return torch.cat(codes)
@@ -612,7 +610,7 @@ def train(nets, data, cfg, run):
 def reconstruct(ema, images, run):
     """Each image, uint8, and what the decoder makes of its codes, one behind the other."""
     x_hat = []
-    for x in images.split(BATCH):
+    for x in images.split(at_once(images.shape[1:])):
         run.check()
         x_hat.append(to_uint8(ema(x.to(run.device) / 127.5 - 1)[0]))
     return torch.stack([images, torch.cat(x_hat)], 1).flatten(0, 1)
@@ -631,7 +629,7 @@ def evaluate(ema, prior, data, cfg, run):
     metrics["test_psnr"] = -10 * math.log10(max(metrics["test_mse"], 1e-10))
     metrics["usage"], metrics["perplexity"] = usage(encode(ema, data.train, run), ema.codes)
     codes, nats = encode(ema, data.test, run), 0.0
-    for part, y in zip(codes.split(BATCH), data.test_labels.split(BATCH), strict=True):
+    for part, y in zip(*(a.split(at_once(x.shape[1:])) for a in (codes, data.test_labels)), strict=True):
         run.check()
         nats += nll(prior, part.to(run.device), y.to(run.device)).cpu().double().sum().item()
     return metrics | {"test_bits_per_code": nats / codes.numel() / math.log(2), "codes_per_image": codes[0].numel()}
@@ -643,7 +641,7 @@ def generate(ema, prior, n, size, classes, cfg, run):
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
     H, W = (wanted or trained for wanted, trained in zip(cfg.sample_size, size, strict=True))
     images = []
-    for y in labels.split(BATCH):
+    for y in labels.split(at_once((3, H, W))):
         run.check()
         noise = torch.rand(len(y), *(-(-n // cfg.downsample) for n in (H, W)), generator=generator).to(run.device)
         codes = sample(prior, y.to(run.device), noise, cfg)
@@ -725,6 +723,12 @@ class Data(NamedTuple):
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: int  # 0 where there are no labels
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
+    have more than so many values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
 
 
 def fail(message, code=2) -> NoReturn:

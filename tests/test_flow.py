@@ -288,7 +288,7 @@ def test_the_learned_noise_is_a_density(shape):
 
 def test_labels_matter_and_their_mean_is_the_likelihood(monkeypatch):
     """p(x) = sum_y p(x | y) / 3, on a split whose last batch is a short one."""
-    monkeypatch.setattr(flow, "BATCH", 3)
+    monkeypatch.setattr(flow, "at_once", lambda shape: 3)
     model, cfg = build("tarflow", std=0.4)
     model.float()
     images = torch.randint(0, 256, (7, 1, 4, 4), dtype=torch.uint8)

@@ -473,6 +473,12 @@ def test_folder_at_an_image_size(tmp_path):
 # ----------------------------------------------------------------------------------------------- grids, files, batches
 
 
+def test_large_images_are_taken_fewer_at_once():
+    shapes = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 2048, 2048))
+    assert [p.at_once(s) for s in shapes] == [250, 250, 250, 62, 1]
+    assert [p.at_once(s, 784) for s in shapes] == [250, 250, 63, 15, 1]
+
+
 @pytest.mark.parametrize("shape, columns", [((7, 1, 8, 8), 3), ((6, 3, 5, 9), 3), ((1, 1, 1, 1), 10), ((3, 3, 64, 64), 2)])
 def test_grid_shows_each_image_in_its_place(shape, columns, tmp_path):
     images = torch.randint(0, 256, shape, dtype=torch.uint8)

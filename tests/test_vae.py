@@ -423,7 +423,7 @@ def test_every_option_runs(digits, tmp_path, flags):
 def test_what_is_printed_is_measured(digits, tmp_path, capsys, monkeypatch):
     """The test figures against the maths on the test split binarised with seed 0, with the draws taken away."""
     monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
-    monkeypatch.setattr(vae, "BATCH", 3)  # the last batch is a short one
+    monkeypatch.setattr(vae, "at_once", lambda shape: 3)  # the last batch is a short one
     out = tmp_path / "run"
     vae.main([*TINY, "--out", str(out), "--levels", "2"])
     saved = torch.load(out / "checkpoint.pt", weights_only=True)

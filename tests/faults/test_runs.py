@@ -1315,7 +1315,7 @@ def test_image_size_asked_for(size, folder, trains):
 
 def test_a_last_batch_of_one(module, tmp_path, monkeypatch):
     """In evaluation, in sampling, and as the only image of a step."""
-    one_more = module.BATCH + 1
+    one_more = module.at_once((1, 4, 4)) + 1
     monkeypatch.setattr(module, "load_data", lambda *args: make_data(module, train=3, test=one_more, shape=(1, 4, 4)))
     argv = flags(module.__name__, tmp_path / "run", "--batch-size", 1, "--num-samples", one_more, "--steps", 2)
     assert tiny.run(module, argv) == 0

@@ -220,21 +220,22 @@ def _new(x):
     return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _tiles(head_dim, element_size, forward, hip=torch.version.hip is not None):
-    """Constants for tiles that stay in registers; on AMD smaller ones, and none is fetched ahead, which takes registers too."""
+def _tiles(head_dim, element_size, forward, lag, bias, hip=torch.version.hip is not None):
+    """Constants for tiles that stay in registers; on AMD smaller ones, and none is fetched ahead, which takes registers too:
+    the float32 forward kernel with a bias and no mask would spill so everywhere."""
     block_d = triton.next_power_of_2(head_dim)
     block = max(16, min(64, TILE_BYTES // (1 + hip) // (block_d * element_size)))
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK": block, "STEP": min(block, 16 if hip else 64 if forward else 32),
-            "num_warps": 8 if element_size > 2 else 4, "num_stages": 1 if hip else 2}
+            "num_warps": 8 if element_size > 2 else 4,
+            "num_stages": 1 if hip or forward and bias and lag < 0 and element_size > 2 else 2}
 
 
 def _prepare(q, bias, lag, forward):
     """(bias or anything in its place, H, W), and the constants of the kernels."""
     own = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETING else tl.bfloat16, torch.float32: tl.float32}
     tf32 = torch.version.hip is None and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32"
-    constants = {"LAG": lag, "DOT": own.get(q.dtype, tl.float64), "TF32": tf32} | _tiles(q.shape[-1], q.element_size(), forward)
-    if forward and lag < 0 and bias is not None and q.element_size() > 2:
-        constants["num_stages"] = 1  # with more the float32 kernel spills
+    constants = {"LAG": lag, "DOT": own.get(q.dtype, tl.float64), "TF32": tf32}
+    constants |= _tiles(q.shape[-1], q.element_size(), forward, lag, bias is not None)
     image = (q, 1, 1) if bias is None else (bias.contiguous(), (bias.shape[1] + 1) // 2, (bias.shape[2] + 1) // 2)
     return image, constants
 
@@ -339,7 +340,8 @@ def attention(q, k, v, mask=None, bias=None):
 
 def _spec(kernel, dtype, registers, mask=None, **more):
     dot = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
-    nvidia, hip = (_tiles(64, dot.primitive_bitwidth // 8, "fwd" in kernel, hip) for hip in (False, True))
+    nvidia, hip = (_tiles(64, dot.primitive_bitwidth // 8, "fwd" in kernel, LAGS[mask], more.get("BIAS"), hip)
+                   for hip in (False, True))
     if "dbias" in kernel:
         nvidia, hip = (x | {"BLOCK": x["STEP"], "num_warps": 4} for x in (nvidia, hip))
     args = dict.fromkeys(("Q", "K", "V", "DO", "A", "A2", "B", "B2", "Out", "DA", "DA2"), f"*{dtype}")
@@ -347,11 +349,10 @@ def _spec(kernel, dtype, registers, mask=None, **more):
     args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images", "splits"), "i32")
     args |= {"LAG": LAGS[mask], "DOT": dot, "TF32": False} | nvidia | more
     args = {x: args.get(x, "i32:16") for x in globals()[kernel].arg_names}  # strides are multiples of 16
-    stages = 1 if mask is None and "fwd" in kernel and dtype == "fp32" else nvidia["num_stages"]
     name = ", ".join([dtype, *filter(None, [mask, args.get("BIAS") and "bias", args.get("KEYS") and "keys",
                                           args["TF32"] and "tf32"])])
     # float32 products with all digits use no matrix unit on sm_80, and AMD has no tf32
-    return Spec(kernel, name, args, nvidia["num_warps"], stages, registers, matrix=dtype != "fp32",
+    return Spec(kernel, name, args, nvidia["num_warps"], nvidia["num_stages"], registers, matrix=dtype != "fp32",
                 hip=hip | {"TF32": False})
 
 

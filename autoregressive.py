@@ -206,27 +206,26 @@ class Transformer(nn.Module):
 class Head(nn.Module):
     """The parameters of each pixel of a position from its features and, as in MADE, from the position's pixels before it.
 
-    h (B,F,H,W), x (B,C,H,W) levels -> (B,C,K,H,W). The C pixels of a position are those of its patch and their channels.
+    h (B,F,H,W), e (B,C*dims,H,W) embedded pixels -> (B,C,K,H,W). The C pixels of a position are those of its patch and
+    their channels. Single logits have a direct path from h too, as in MADE; for 256 it would be most of the network.
     """
 
-    def __init__(self, features, channels, outputs, levels, hidden=32):
+    def __init__(self, features, channels, outputs, dims, hidden):
         super().__init__()
         self.shape = channels, outputs
-        self.out = nn.Conv2d(features, channels * outputs, 1)
+        self.out = nn.Conv2d(features, channels * outputs, 1) if channels == 1 or outputs == 1 else None
         if channels > 1:
-            self.embed = nn.Embedding(levels, 8)
             self.from_h = nn.Conv2d(features, channels * hidden, 1)
-            self.from_x = nn.Conv2d(channels * 8, channels * hidden, 1, bias=False)
+            self.from_x = nn.Conv2d(channels * dims, channels * hidden, 1, bias=False)
             self.to_out = nn.Conv2d(channels * hidden, channels * outputs, 1, groups=channels)
             c = torch.arange(channels)
-            before = c.repeat_interleave(hidden)[:, None] > c.repeat_interleave(8)
+            before = c.repeat_interleave(hidden)[:, None] > c.repeat_interleave(dims)
             self.register_buffer("mask", before.float()[:, :, None, None], persistent=False)
 
-    def forward(self, h, x):
-        out = self.out(h)
+    def forward(self, h, e):
+        out = self.out(h) if self.out else 0
         if self.shape[0] > 1:
-            e = self.embed(x.permute(0, 2, 3, 1)).flatten(3).permute(0, 3, 1, 2)  # (B, C*8, H, W)
-            out += self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.mask)))
+            out = out + self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.mask)))
         return out.unflatten(1, self.shape)
 
 
@@ -237,15 +236,24 @@ class Autoregressive(nn.Module):
         super().__init__()
         trunks = {"pixelcnn": MaskedPixelCNN if cfg.mask_only else GatedPixelCNN, "transformer": Transformer, "made": MADE}
         self.levels, outputs = {"bernoulli": (2, 1), "softmax": (256, 256), "mixture": (256, 3 * cfg.mixtures)}[cfg.output]
-        self.trunk = trunks[cfg.arch](channels, H, W, classes, cfg)
-        self.head = Head(self.trunk.features, channels, outputs, self.levels)
+        dims, hidden = (8, 32) if self.levels == 2 else (16, 64)
+        self.scaled = self.levels == 2 or cfg.arch == "made"  # what the trunk sees of a pixel: its level, else that embedded
+        self.embedding = None if self.scaled and channels == 1 else nn.Embedding(self.levels, dims)
+        self.trunk = trunks[cfg.arch](channels if self.scaled else channels * dims, H, W, classes, cfg)
+        self.head = Head(self.trunk.features, channels, outputs, dims, hidden)
 
-    def scale(self, x):
-        return 2 * x.float() / (self.levels - 1) - 1  # [-1,1]
+    def embed(self, x):
+        """Levels (B,C,...) -> (B,C*dims,...)."""
+        return self.embedding(x.movedim(1, -1)).flatten(-2).movedim(-1, 1)
+
+    def see(self, x):
+        """Levels (B,C,...) as the trunk sees them: (B,C,...) in [-1,1], or embedded."""
+        return 2 * x.to(next(self.parameters())) / (self.levels - 1) - 1 if self.scaled else self.embed(x)
 
     def forward(self, x, y):
-        scaled = self.scale(x).to(self.head.out.weight.dtype, memory_format=torch.channels_last)
-        return self.head(self.trunk(scaled, y), x).to(scaled.dtype)  # at least float32, whatever --amp
+        seen = self.see(x).contiguous(memory_format=torch.channels_last)
+        e = seen if not self.scaled else self.embed(x) if self.embedding else None
+        return self.head(self.trunk(seen, y), e).to(seen.dtype)  # at least float32, whatever --amp
 
 
 # ---- the maths
@@ -319,17 +327,17 @@ def sample(model, y, noise, cfg, given=None):
                 return unpatchify(x, cfg.patch, H, W), passes
     cached = cfg.sampler == "cached"
     if cached:
-        scaled = model.scale(x).to(noise)
-        cache = CACHES[type(model.trunk)](model.trunk, scaled, y)
+        seen = model.see(x)
+        cache = CACHES[type(model.trunk)](model.trunk, seen, y)
     for i, j in product(range(rows), range(columns)):
         here, u, g = (a[:, :, i, j] for a in (x, noise, given))  # (B, C), parts of the whole
         if cached:
-            head = HeadCache(model.head, cache.step(scaled, i, j))
+            head = HeadCache(model, cache.step(seen, i, j))
         for c in range(C):
             params = head.step(here, c) if cached else model(x, y)[:, c, :, i, j]  # (B, K)
             here[:, c] = redraw(params, u[:, c], g[:, c])
         if cached:
-            scaled[:, :, i, j] = model.scale(here)
+            seen[:, :, i, j] = model.see(here)
     return unpatchify(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
 
 
@@ -489,22 +497,23 @@ class UnitCache:
 class HeadCache:
     """Of one position, whose features are h (B,features): what these and its pixels so far give to the pixels after them."""
 
-    def __init__(self, head, h):
-        (C, K), self.embed = head.shape, getattr(head, "embed", None)
-        out = F.linear(h, head.out.weight[:, :, 0, 0], head.out.bias)
+    def __init__(self, model, h):
+        head, (C, K), self.embed = model.head, model.head.shape, model.embed
+        self.out = h.new_zeros(len(h), C, K)
+        if head.out:
+            self.out += F.linear(h, head.out.weight[:, :, 0, 0], head.out.bias).unflatten(1, (C, K))
         if C > 1:
-            out = out + head.to_out.bias
+            self.out += head.to_out.bias.view(C, K)
             self.hidden = F.linear(h, head.from_h.weight[:, :, 0, 0], head.from_h.bias).unflatten(1, (C, -1))
-            self.from_x = (head.from_x.weight * head.mask)[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, 8, C*hidden)
+            self.from_x = (head.from_x.weight * head.mask)[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, dims, C*hidden)
             self.to_out = head.to_out.weight[:, :, 0, 0].unflatten(0, (C, K)).mT  # (C, hidden, K)
-        self.out = out.unflatten(1, (C, K))
 
     def step(self, x, c):
         """The parameters (B,K) of pixel c from x (B,C), whose pixels before c are known; for c = 0, 1, ... in turn."""
-        if self.embed is None:
+        if self.out.shape[1] == 1:
             return self.out[:, 0]
         if c > 0:
-            self.hidden += (self.embed(x[:, c - 1]) @ self.from_x[c - 1]).view_as(self.hidden)
+            self.hidden += (self.embed(x[:, c - 1:c]) @ self.from_x[c - 1]).view_as(self.hidden)
         return torch.addmm(self.out[:, c], F.relu(self.hidden[:, c]), self.to_out[c])
 
 

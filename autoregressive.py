@@ -237,7 +237,7 @@ class Autoregressive(nn.Module):
         trunks = {"pixelcnn": MaskedPixelCNN if cfg.mask_only else GatedPixelCNN, "transformer": Transformer, "made": MADE}
         self.levels, outputs = {"bernoulli": (2, 1), "softmax": (256, 256), "mixture": (256, 3 * cfg.mixtures)}[cfg.output]
         dims, hidden = (8, 32) if self.levels == 2 else (16, 64)
-        self.scaled = self.levels == 2 or cfg.arch == "made"  # what the trunk sees of a pixel: its level, else that embedded
+        self.scaled = self.levels == 2 or cfg.arch == "made"  # what the trunk sees of a pixel: its level, or that embedded
         self.embedding = None if self.scaled and channels == 1 else nn.Embedding(self.levels, dims)
         self.trunk = trunks[cfg.arch](channels if self.scaled else channels * dims, H, W, classes, cfg)
         self.head = Head(self.trunk.features, channels, outputs, dims, hidden)
@@ -252,7 +252,7 @@ class Autoregressive(nn.Module):
 
     def forward(self, x, y):
         seen = self.see(x).contiguous(memory_format=torch.channels_last)
-        e = seen if not self.scaled else self.embed(x) if self.embedding else None
+        e = self.embed(x) if self.embedding else None
         return self.head(self.trunk(seen, y), e).to(seen.dtype)  # at least float32, whatever --amp
 
 

@@ -104,7 +104,7 @@ class Config:
     hidden: int = 1000  # made: units of a hidden layer (> 0)
     mixtures: int = 5  # logistics in the mixture of --output mixture (> 0)
     labels: bool = True  # condition on the class; the test likelihood then is the exact mean over classes
-    dropout: float = 0.0  # dropout in the blocks (0 to 1)
+    dropout: float | None = None  # dropout in the blocks; none given: 0.3 for digits, which are few, else 0 (0 to 1)
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
     decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
     # sampling: free to change on a trained model
@@ -536,6 +536,7 @@ def choose(cfg, H, W):
     if cfg.output == "auto":
         cfg.output = "bernoulli" if cfg.dataset == "mnist" else "softmax"
     cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
+    cfg.dropout = 0.3 * (cfg.dataset == "digits") if cfg.dropout is None else cfg.dropout
     cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
     return cfg
 

@@ -17,7 +17,7 @@ ARCHS = {"transformer": {}, "pixelcnn": {"arch": "pixelcnn"}, "mask only": {"arc
 
 
 def build(H=28, **fields):
-    cfg = choose(Config(**{"output": "bernoulli", "patch": 4} | fields), H, H)
+    cfg = choose(Config(**{"output": "bernoulli", "patch": 4, "dropout": 0.0} | fields), H, H)
     torch.manual_seed(0)
     net = Autoregressive(cfg.patch**2, H // cfg.patch, H // cfg.patch, 10, cfg)
     return net.to(memory_format=torch.channels_last), cfg

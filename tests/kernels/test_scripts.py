@@ -71,7 +71,7 @@ def in_order(value):
     ({"arch": "pixelcnn", "mask_only": True, "output": "bernoulli"}, {"masked_conv2d"}),
     ({"arch": "transformer", "output": "softmax"}, {"attention"})], ids=in_order)
 def test_autoregressive_has_equal_likelihoods_and_gradients(fields, ran, counted):
-    cfg = autoregressive.Config(width=16, blocks=1, n_head=1, patch=1, mixtures=2, **fields)
+    cfg = autoregressive.Config(dropout=0.0, width=16, blocks=1, n_head=1, patch=1, mixtures=2, **fields)
     net = autoregressive.Autoregressive(1, 4, 5, 3, cfg).to(DEVICE)
     x, y, results = torch.randint(0, net.levels, (2, 1, 4, 5), device=DEVICE), torch.tensor([0, 2], device=DEVICE), {}
     for kernels.mode in ("torch", "triton"):
@@ -86,7 +86,7 @@ def test_autoregressive_has_equal_likelihoods_and_gradients(fields, ran, counted
 
 
 def test_cached_sampling_attends_with_the_kernel(counted):
-    cfg = autoregressive.Config(arch="transformer", output="bernoulli", width=16, blocks=1, n_head=1, patch=1)
+    cfg = autoregressive.Config(arch="transformer", output="bernoulli", dropout=0.0, width=16, blocks=1, n_head=1, patch=1)
     net = autoregressive.Autoregressive(1, 2, 3, 3, cfg).to(DEVICE).eval()
     y, noise, drawn = torch.tensor([0, 2], device=DEVICE), torch.rand(2, 1, 2, 3, device=DEVICE), []
     for kernels.mode in ("torch", "triton"):

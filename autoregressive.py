@@ -207,7 +207,7 @@ class Head(nn.Module):
     """The parameters of each pixel of a position from its features and, as in MADE, from the position's pixels before it.
 
     h (B,F,H,W), e (B,C*dims,H,W) embedded pixels -> (B,C,K,H,W). The C pixels of a position are those of its patch and
-    their channels. Single logits have a direct path from h too, as in MADE; for 256 it would be most of the network.
+    their channels. Single logits have a direct path from h too, as in MADE; for 256 it would be most of the head's work.
     """
 
     def __init__(self, features, channels, outputs, dims, hidden):
@@ -526,7 +526,7 @@ CACHES = {GatedPixelCNN: GatedCache, MaskedPixelCNN: MaskedCache, Transformer: K
 FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
     sampler temperature label complete""".split()
 
-LOGITS = 784  # more values than so make an image a large one: each may have 256 logits
+LARGE = 784  # values of an image from which on fewer images are taken at once: each value may have 256 logits
 
 
 def choose(cfg, H, W):
@@ -536,7 +536,8 @@ def choose(cfg, H, W):
     if cfg.output == "auto":
         cfg.output = "bernoulli" if cfg.dataset == "mnist" else "softmax"
     cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
-    cfg.dropout = 0.3 * (cfg.dataset == "digits") if cfg.dropout is None else cfg.dropout
+    if cfg.dropout is None:
+        cfg.dropout = 0.3 if cfg.dataset == "digits" else 0.0
     cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
     return cfg
 
@@ -588,7 +589,7 @@ def evaluate(ema, data, cfg, run):
     """-log p(x) over the whole test split, which is binarised once; exact: with labels, p(x) = sum_y p(y) p(x | y)."""
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
     total, given = 0.0, 0.0
-    for x, y in zip(*(a.split(at_once(test.shape[1:], LOGITS)) for a in (test, data.test_labels)), strict=True):
+    for x, y in zip(*(a.split(at_once(test.shape[1:], LARGE)) for a in (test, data.test_labels)), strict=True):
         logs = []
         for label in range(max(data.classes, 1)):
             run.check()
@@ -605,7 +606,7 @@ def generate(ema, n, shape, classes, cfg, run):
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
     images, passes = [], 0
-    for y in labels.split(at_once(shape, LOGITS)):
+    for y in labels.split(at_once(shape, LARGE)):
         run.check()
         noise = torch.rand(len(y), *shape, generator=generator).to(run.device)
         levels, used = sample(ema, y.to(run.device), noise, cfg)
@@ -688,8 +689,7 @@ class Data(NamedTuple):
 
 
 def at_once(shape, values=3072):
-    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
-    have more than so many values."""
+    """Images (C,H,W) to evaluate or sample at once, whatever --batch-size is: 250, fewer where they have more values."""
     return max(min(250, 250 * values // math.prod(shape)), 1)
 
 

@@ -568,8 +568,7 @@ class Data(NamedTuple):
 
 
 def at_once(shape, values=3072):
-    """Images (C,H,W) to evaluate or sample at once, so that no result depends on --batch-size: 250, or as many fewer as they
-    have more than so many values."""
+    """Images (C,H,W) to evaluate or sample at once, whatever --batch-size is: 250, fewer where they have more values."""
     return max(min(250, 250 * values // math.prod(shape)), 1)
 
 

@@ -398,7 +398,7 @@ def test_what_output_is_chosen(dataset, output):
     assert autoregressive.choose(Config(dataset=dataset, output="mixture"), 8, 8).output == "mixture"
 
 
-def test_only_digits_are_so_few_that_dropout_helps():
+def test_dropout_is_for_digits_alone_unless_asked_for():
     assert [autoregressive.choose(Config(dataset=name), 8, 8).dropout for name in ("digits", "mnist", "photos")] == [0.3, 0, 0]
     assert autoregressive.choose(Config(dropout=0.0), 8, 8).dropout == 0
 

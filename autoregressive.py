@@ -505,14 +505,14 @@ class HeadCache:
         if C > 1:
             self.out += head.to_out.bias.view(C, K)
             self.hidden = F.linear(h, head.from_h.weight[:, :, 0, 0], head.from_h.bias).unflatten(1, (C, -1))
-            self.from_x = (head.from_x.weight * head.mask)[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, dims, C*hidden)
+            self.from_x = head.from_x.weight[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, dims, C*hidden)
             self.to_out = head.to_out.weight[:, :, 0, 0].unflatten(0, (C, K)).mT  # (C, hidden, K)
 
     def step(self, x, c):
         """The parameters (B,K) of pixel c from x (B,C), whose pixels before c are known; for c = 0, 1, ... in turn."""
         if self.out.shape[1] == 1:
             return self.out[:, 0]
-        if c > 0:
+        if c > 0:  # no mask: what it gives to the units of pixels that are drawn is not read again
             self.hidden += (self.embed(x[:, c - 1:c]) @ self.from_x[c - 1]).view_as(self.hidden)
         return torch.addmm(self.out[:, c], F.relu(self.hidden[:, c]), self.to_out[c])
 

@@ -69,18 +69,29 @@ def test_training_step(benchmark, arch):
     time_step(benchmark, *build(**ARCHS[arch]), 28)
 
 
-@pytest.mark.parametrize("form", ["live taps", "whole kernels"])
+class Contiguous(Autoregressive):
+    """In PyTorch's default memory format, as it is mostly run."""
+
+    def forward(self, x, y):
+        e = self.embed(x).contiguous() if self.embedding else None
+        return self.head(self.trunk(self.see(x).contiguous(), y), e)
+
+
+@pytest.mark.parametrize("form", ["live taps", "whole kernels", "whole kernels, contiguous"])
 @pytest.mark.parametrize("patch, kernel", [(4, 3), (4, 5), (1, 3), (1, 5)])
 def test_gated_pixelcnn(benchmark, patch, kernel, form):
-    """Against the same layers with masked square kernels."""
+    """Against the same layers with masked square kernels, in channels_last as ours are, and as it is mostly written."""
     if benchmark.disabled and patch == 1:
         pytest.skip("large, so only where it is timed")
     benchmark.group = f"gated PixelCNN, training step, patch {patch}, kernel {kernel}"
     net, cfg = build(arch="pixelcnn", patch=patch, kernel=kernel)
-    if form == "whole kernels":
+    if form != "live taps":
         x, y = torch.randint(0, 2, (4, patch**2, 28 // patch, 28 // patch)), torch.arange(4)
         expected = net(x, y)
         net.trunk.blocks = nn.ModuleList(map(WholeKernels, net.trunk.blocks)).to(memory_format=torch.channels_last)
+        if form == "whole kernels, contiguous":
+            net = net.to(memory_format=torch.contiguous_format)
+            net.__class__ = Contiguous
         torch.testing.assert_close(net(x, y), expected)
     time_step(benchmark, net, cfg, 28)
 

@@ -24,7 +24,7 @@ def build(H=28, **fields):
 
 
 class WholeKernels(GatedBlock):
-    """The same block as it is mostly written: square kernels whose dead taps are multiplied by 0."""
+    """The same block with square kernels whose dead taps are multiplied by 0."""
 
     def __init__(self, block):
         nn.Module.__init__(self)
@@ -50,6 +50,24 @@ class WholeKernels(GatedBlock):
         return v, h + self.h_out(g), g
 
 
+class CroppedStacks(GatedBlock):
+    """The same block as public implementations write the two stacks: padded on all sides, then cropped."""
+
+    def __init__(self, block):
+        nn.Module.__init__(self)
+        self.__dict__.update(block.__dict__)
+
+    def forward(self, v, h, y, r):
+        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
+        u = F.conv2d(v, self.v_conv.weight, self.v_conv.bias, padding=r)[:, :, :v.shape[2]]
+        a, b = (u + label_v).chunk(2, 1)
+        v = v + torch.tanh(a) * torch.sigmoid(b)
+        left = F.conv2d(h, self.h_conv.weight[:, :, :, :r + 1], self.h_conv.bias, padding=(0, r))[:, :, :, :h.shape[3]]
+        a, b = (left + self.v_to_h(u) + label_h).chunk(2, 1)
+        g = self.dropout(torch.tanh(a) * torch.sigmoid(b))
+        return v, h + self.h_out(g), g
+
+
 def time_step(benchmark, net, cfg, H):
     optimizer = torch.optim.Adam(net.parameters(), cfg.lr, fused=True)
     x, y = torch.randint(0, 2, (cfg.batch_size, 1, H, H)), torch.randint(0, 10, (cfg.batch_size,))
@@ -70,29 +88,32 @@ def test_training_step(benchmark, arch):
 
 
 class Contiguous(Autoregressive):
-    """In PyTorch's default memory format, as it is mostly run."""
+    """In PyTorch's default memory format, which public implementations run in."""
 
     def forward(self, x, y):
         e = self.embed(x).contiguous() if self.embedding else None
         return self.head(self.trunk(self.see(x).contiguous(), y), e)
 
 
-@pytest.mark.parametrize("form", ["live taps", "whole kernels", "whole kernels, contiguous"])
+FORMS = {"live taps": lambda block: block, "whole kernels": WholeKernels, "cropped stacks": CroppedStacks}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("patch, kernel", [(4, 3), (4, 5), (1, 3), (1, 5)])
-def test_gated_pixelcnn(benchmark, patch, kernel, form):
-    """Against the same layers with masked square kernels, in channels_last as ours are, and as it is mostly written."""
+def test_gated_pixelcnn(benchmark, patch, kernel, form, layout):
+    """Against the same layers with masked square kernels, and as public implementations write the two stacks."""
     if benchmark.disabled and patch == 1:
         pytest.skip("large, so only where it is timed")
     benchmark.group = f"gated PixelCNN, training step, patch {patch}, kernel {kernel}"
     net, cfg = build(arch="pixelcnn", patch=patch, kernel=kernel)
-    if form != "live taps":
-        x, y = torch.randint(0, 2, (4, patch**2, 28 // patch, 28 // patch)), torch.arange(4)
-        expected = net(x, y)
-        net.trunk.blocks = nn.ModuleList(map(WholeKernels, net.trunk.blocks)).to(memory_format=torch.channels_last)
-        if form == "whole kernels, contiguous":
-            net = net.to(memory_format=torch.contiguous_format)
-            net.__class__ = Contiguous
-        torch.testing.assert_close(net(x, y), expected)
+    x, y = torch.randint(0, 2, (4, patch**2, 28 // patch, 28 // patch)), torch.arange(4)
+    expected = net(x, y)
+    net.trunk.blocks = nn.ModuleList(map(FORMS[form], net.trunk.blocks))
+    net = net.to(memory_format=getattr(torch, layout))
+    if layout == "contiguous_format":
+        net.__class__ = Contiguous
+    torch.testing.assert_close(net(x, y), expected)
     time_step(benchmark, net, cfg, 28)
 
 

@@ -23,13 +23,30 @@ def build(H=28, **fields):
     return net.to(memory_format=torch.channels_last), cfg
 
 
-class WholeKernels(GatedBlock):
-    """The same block with square kernels whose dead taps are multiplied by 0."""
+class OtherForm(GatedBlock):
+    """The same block, whose two convolutions, above(v, r) and left(h, r), are written in another way."""
 
     def __init__(self, block):
         nn.Module.__init__(self)
+        self.v_conv, self.h_conv, self.v_to_h, self.h_out = block.v_conv, block.h_conv, block.v_to_h, block.h_out
+        self.label, self.dropout = block.label, block.dropout
+
+    def forward(self, v, h, y, r):
+        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
+        u = self.above(v, r)
+        a, b = (u + label_v).chunk(2, 1)
+        v = v + torch.tanh(a) * torch.sigmoid(b)
+        a, b = (self.left(h, r) + self.v_to_h(u) + label_h).chunk(2, 1)
+        g = self.dropout(torch.tanh(a) * torch.sigmoid(b))
+        return v, h + self.h_out(g), g
+
+
+class WholeKernels(OtherForm):
+    """Square kernels whose dead taps are multiplied by 0."""
+
+    def __init__(self, block):
+        super().__init__(block)
         width, k = block.h_out.in_channels, block.h_conv.kernel_size[1]
-        self.v_to_h, self.h_out, self.label, self.dropout = block.v_to_h, block.h_out, block.label, block.dropout
         self.v_conv, self.h_conv = (nn.Conv2d(width, 2 * width, k, padding=k // 2) for _ in range(2))
         mask = torch.zeros(2, k, k)
         mask[0, :k // 2 + 1], mask[1, k // 2, :k // 2 + 1] = 1, 1
@@ -39,33 +56,21 @@ class WholeKernels(GatedBlock):
             self.h_conv.weight[:, :, k // 2:k // 2 + 1] = block.h_conv.weight
             self.v_conv.bias[:], self.h_conv.bias[:] = block.v_conv.bias, block.h_conv.bias
 
-    def forward(self, v, h, y, r):
-        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
-        u = F.conv2d(v, self.v_conv.weight * self.mask[0], self.v_conv.bias, padding=r)
-        a, b = (u + label_v).chunk(2, 1)
-        v = v + torch.tanh(a) * torch.sigmoid(b)
-        cond = self.v_to_h(u) + label_h
-        a, b = (F.conv2d(h, self.h_conv.weight * self.mask[1], self.h_conv.bias, padding=r) + cond).chunk(2, 1)
-        g = self.dropout(torch.tanh(a) * torch.sigmoid(b))
-        return v, h + self.h_out(g), g
+    def above(self, v, r):
+        return F.conv2d(v, self.v_conv.weight * self.mask[0], self.v_conv.bias, padding=r)
+
+    def left(self, h, r):
+        return F.conv2d(h, self.h_conv.weight * self.mask[1], self.h_conv.bias, padding=r)
 
 
-class CroppedStacks(GatedBlock):
-    """The same block as public implementations write the two stacks: padded on all sides, then cropped."""
+class CroppedStacks(OtherForm):
+    """Kernels of the live taps, as ours, over zeros on all sides; what is too much is cropped. So do some public ones."""
 
-    def __init__(self, block):
-        nn.Module.__init__(self)
-        self.__dict__.update(block.__dict__)
+    def above(self, v, r):
+        return F.conv2d(v, self.v_conv.weight, self.v_conv.bias, padding=r)[:, :, :v.shape[2]]
 
-    def forward(self, v, h, y, r):
-        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
-        u = F.conv2d(v, self.v_conv.weight, self.v_conv.bias, padding=r)[:, :, :v.shape[2]]
-        a, b = (u + label_v).chunk(2, 1)
-        v = v + torch.tanh(a) * torch.sigmoid(b)
-        left = F.conv2d(h, self.h_conv.weight[:, :, :, :r + 1], self.h_conv.bias, padding=(0, r))[:, :, :, :h.shape[3]]
-        a, b = (left + self.v_to_h(u) + label_h).chunk(2, 1)
-        g = self.dropout(torch.tanh(a) * torch.sigmoid(b))
-        return v, h + self.h_out(g), g
+    def left(self, h, r):
+        return F.conv2d(h, self.h_conv.weight[:, :, :, :r + 1], self.h_conv.bias, padding=(0, r))[:, :, :, :h.shape[3]]
 
 
 def time_step(benchmark, net, cfg, H):
@@ -88,7 +93,7 @@ def test_training_step(benchmark, arch):
 
 
 class Contiguous(Autoregressive):
-    """In PyTorch's default memory format, which public implementations run in."""
+    """In PyTorch's default memory format."""
 
     def forward(self, x, y):
         e = self.embed(x).contiguous() if self.embedding else None
@@ -102,7 +107,7 @@ FORMS = {"live taps": lambda block: block, "whole kernels": WholeKernels, "cropp
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("patch, kernel", [(4, 3), (4, 5), (1, 3), (1, 5)])
 def test_gated_pixelcnn(benchmark, patch, kernel, form, layout):
-    """Against the same layers with masked square kernels, and as public implementations write the two stacks."""
+    """Against the same layers with masked square kernels, and with two stacks padded on all sides and cropped."""
     if benchmark.disabled and patch == 1:
         pytest.skip("large, so only where it is timed")
     benchmark.group = f"gated PixelCNN, training step, patch {patch}, kernel {kernel}"

@@ -53,7 +53,6 @@ mode = os.environ.get("M2_KERNELS", "auto")
 fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: how often auto fell back for it
 
 
-@torch.compiler.assume_constant_result
 def available(device=None):
     """(whether Triton kernels can run on a device, by default the first CUDA device; the reason in words)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -67,6 +66,20 @@ def available(device=None):
     if torch.version.hip is None and capability < (8, 0):
         return False, f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
     return True, f"triton {triton.__version__} on {name}"
+
+
+available._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which takes 1.4 s to import the compiler
+
+
+def choose(new, kind):
+    """Set `mode`, for tensors on a kind of device ("cpu", "cuda"); RuntimeError for an unknown mode and one that cannot run."""
+    global mode
+    if new not in MODES:
+        raise RuntimeError(f"kernels.mode (--kernels, M2_KERNELS) must be {', '.join(MODES[:-1])} or {MODES[-1]}, not {new!r}")
+    runs, reason = available(kind)
+    if new == "triton" and not runs:
+        raise RuntimeError(f"kernels.mode is 'triton', but {reason}")
+    mode = new
 
 
 def use_triton(op, x, supported=(True, ""), least=0, elementwise=False, library=False):

@@ -126,3 +126,29 @@ def test_samples_too_large_for_offsets_in_int32():
     }.items():
         fits, why = importlib.import_module(f"kernels.{name}").supports(*inputs)
         assert not fits and "2^3" in why, name
+
+
+@pytest.mark.parametrize("mode", kernels.MODES)
+def test_choose_sets_the_mode_where_it_can_run(mode, monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "auto")
+    monkeypatch.setattr(kernels, "available", lambda kind: (kind == "cuda", "no CUDA device"))
+    kernels.choose(mode, "cuda")
+    assert kernels.mode == mode
+
+
+@pytest.mark.parametrize("mode, words", [("triton", ["'triton'", "no CUDA device"]),
+                                         ("cutlass", ["cutlass", "auto, torch or triton"])])
+def test_choose_refuses_what_cannot_run(mode, words, monkeypatch):
+    monkeypatch.setattr(kernels, "mode", "torch")
+    monkeypatch.setattr(kernels, "available", lambda kind: (False, "no CUDA device"))
+    with pytest.raises(RuntimeError) as e:
+        kernels.choose(mode, "cpu")
+    assert all(word in str(e.value) for word in words) and kernels.mode == "torch"
+
+
+def test_importing_does_not_import_the_compiler():
+    """It takes more than a second; a compiled function takes the answer of available() as a constant all the same."""
+    done = python("import sys, kernels.attention, kernels.group_norm; print('torch._dynamo' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+    compiled = torch.compile(lambda x: x + kernels.available("cpu")[0], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), float(kernels.available("cpu")[0])))

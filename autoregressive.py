@@ -1,24 +1,26 @@
-"""Autoregressive models: p(x) = prod_i p(x_i | x_1 ... x_i-1), the likelihood exact, each factor a small softmax or mixture.
+"""Autoregressive models: p(x) = prod_i p(x_i | x_1 ... x_i-1), so the likelihood of x is exact.
 
-The weakness: a sample takes one pass of the network a pixel, and there are many pixels. The remedies shown here: caches, so
-that a pixel costs a pixel's work and not an image's; and fixed-point (Jacobi) sampling, which guesses all pixels at once and
-repeats until nothing changes. Both draw exactly the sample that the slow way draws from the same noise. Besides, a position
-may be a patch of patch x patch pixels, which a small head models one after the other: the likelihood stays exact.
+A network sees the earlier pixels and gives the distribution of the next one. The weakness of the
+family is sampling: it takes one pass of the network for every pixel. This file shows two remedies.
+Caches keep what was computed for earlier pixels, so a pixel costs the work of a pixel and not that
+of an image. Fixed-point (Jacobi) sampling guesses all pixels at once and repeats this until nothing
+changes. Both draw exactly the sample that the slow way draws from the same noise. Besides, the
+network can take a patch of pixels as one position; a small head models these one after the other.
 
-Papers: MADE (Germain 2015), PixelCNN (van den Oord 2016a), gated PixelCNN (van den Oord 2016b), PixelCNN++ (Salimans 2017),
-decoder-only transformers on pixels (Child 2019), caches (Ramachandran 2017), fixed-point sampling (Song 2021).
-  chain rule, its exact value .............. log_likelihood         PixelCNN eq. 1
-  vertical and horizontal stack, gate ...... GatedPixelCNN          gated PixelCNN eq. 2, fig. 2
-  masked convolution and its blind spot .... MaskedPixelCNN         PixelCNN fig. 2, gated PixelCNN fig. 1
-  masks of a multilayer perceptron ......... MADE                   MADE eq. 8 and 9
-  pixels of a patch, channels of a pixel ... Head                   PixelCNN eq. 2
-  mixture of logistics ..................... logistic_mixture       PixelCNN++ eqs. 1 and 2
-  naive, cached, fixed-point sampling ...... sample                 Song 2021 alg. 1
+Papers: MADE (Germain 2015), PixelCNN (van den Oord 2016a), gated PixelCNN (van den Oord 2016b),
+PixelCNN++ (Salimans 2017), caches (Ramachandran 2017), transformers over pixels (Child 2019),
+fixed-point sampling (Song 2021).
+  chain rule, exact likelihood ............. log_likelihood      PixelCNN eq. 1
+  mixture of logistics ..................... logistic_mixture    PixelCNN++ eqs. 1 and 2
+  pixels of a patch, channels of a pixel ... Head                PixelCNN eq. 2
+  naive, fixed-point, cached sampling ...... sample              Song 2021 alg. 1
+  vertical and horizontal stack, gate ...... GatedPixelCNN       gated PixelCNN eq. 4, fig. 2
+  masks of a multilayer perceptron ......... MADE                MADE eqs. 8 and 9
 
-  python autoregressive.py                                              # digits
-  python autoregressive.py --dataset mnist --minutes 10                 # MNIST, dynamically binarised, on two CPU cores
+  python autoregressive.py                                       # digits
+  python autoregressive.py --dataset mnist --minutes 10          # MNIST, binarised anew each step
   python autoregressive.py --dataset mnist --mode sample --sampler jacobi --complete top
-The second gives 80.0 nats on two Zen 5 cores; pytorch-generative's gated PixelCNN has 81.5. All: docs/autoregressive.md
+The second gives 80.0 nats on two Zen 5 cores (docs/autoregressive.md).
 """
 
 import copy
@@ -34,52 +36,67 @@ from PIL import Image
 from torch import nn
 
 try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
-    from kernels.masked_conv import gated_masked_conv2d, masked_conv2d
-except ImportError:
-    def masked_conv2d(x, weight, bias, mask_type):
-        rows, columns = weight.shape[2:]  # the live rows alone: those above, and of the middle one what is on the left
-        live = weight[:, :, :rows // 2 + 1].clone()
-        live[:, :, -1, columns // 2 + (mask_type == "B"):] = 0
-        return F.conv2d(F.pad(x, (columns // 2, columns // 2, rows // 2, 0)), live, bias)
-
-    def gated_masked_conv2d(x, weight, bias, cond, mask_type):
-        a, b = (masked_conv2d(x, weight, bias, mask_type) + cond).chunk(2, 1)
-        return torch.tanh(a) * torch.sigmoid(b)
-
-try:
     from kernels.attention import attention
     from kernels.decode_attention import decode_attention
+    from kernels.logistic_mixture import logistic_mixture
+    from kernels.masked_conv import gated_masked_conv2d, masked_conv2d
 except ImportError:
     def attention(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
-
     def decode_attention(q, k_cache, v_cache, length):
         return F.scaled_dot_product_attention(q, k_cache[:, :, :length], v_cache[:, :, :length])
-
-try:
-    from kernels.logistic_mixture import logistic_mixture
-except ImportError:
-    def logistic_mixture(x, params):
+    def masked_conv2d(x, weight, bias, mask_type):  # of one row: A leaves the taps on the left, B also the centre
+        r = weight.shape[3] // 2
+        live = weight.clone()
+        live[..., r if mask_type == "A" else r + 1:] = 0
+        return F.conv2d(x, live, bias, padding=(0, r))
+    def gated_masked_conv2d(x, weight, bias, cond, mask_type):
+        a, b = (masked_conv2d(x, weight, bias, mask_type) + cond).chunk(2, 1)
+        return torch.tanh(a) * torch.sigmoid(b)
+    def logistic_mixture(x, params):  # PixelCNN++ eqs. 1 and 2, with the 256 levels at -1, -1 + 2 / 255, ..., 1
         logits, means, log_scales = params.unflatten(1, (3, -1)).unbind(1)  # (B, M, H, W)
-        x, inv = x / 127.5 - 1, torch.exp(-log_scales.clamp(min=-7))
-        upper = torch.where(x > 0.999, math.inf, (x - means + 1 / 255) * inv)  # the last bins are open
-        lower = torch.where(x < -0.999, -math.inf, (x - means - 1 / 255) * inv)
+        x = x / 127.5 - 1
+        inv_scales = torch.exp(-log_scales.clamp(min=-7))
+        upper = torch.where(x > 0.999, math.inf, (x - means + 1 / 255) * inv_scales)  # the last bins are open
+        lower = torch.where(x < -0.999, -math.inf, (x - means - 1 / 255) * inv_scales)
         log_p = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
         return torch.logsumexp(log_p + torch.log_softmax(logits, 1), 1)
 
 
 @dataclass
 class Config:
-    # the core, the same in all six scripts
-    mode: Literal["train", "eval", "sample"] = "train"  # train (evaluates and samples at the end), eval or sample alone
+    # model
+    arch: Literal["transformer", "pixelcnn", "made"] = "transformer"  # network that sees the earlier pixels
+    output: Literal["auto", "bernoulli", "softmax", "mixture"] = "auto"  # auto: bernoulli for mnist, else softmax
+    mixtures: int = 5  # logistics in the mixture of --output mixture (1 to 1000)
+    patch: int | None = None  # side of a position in pixels; not given: 2 below 16 pixels, else 4 (1 to 4096)
+    width: int | None = None  # channels; not given: 128, for pixelcnn 64, for made 1000 units (1 to 65536)
+    blocks: int = 4  # transformer blocks, gated blocks or hidden layers (1 to 1000)
+    n_head: int = 4  # transformer: attention heads, which share the width (1 to 65536)
+    kernel: int = 3  # pixelcnn: side of the convolutions, an odd number (3 to 255)
+    # training
+    labels: bool = True  # condition on the class; the test likelihood is the exact mean over the classes
+    dropout: float | None = None  # dropout in the blocks; not given: 0.3 for digits, which are few, else 0 (0 to 1)
+    warmup: int = 100  # steps in which the learning rate rises to --lr (>= 0)
+    decay: int = 2000  # step from which on the learning rate falls as 1 / sqrt(step) (> 0)
+    # evaluation and sampling, free to change on a trained model
+    sampler: Literal["cached", "naive", "jacobi"] = "cached"  # three ways to one and the same sample
+    temperature: float = 1.0  # temperature of the samples, below 1 they are nearer to the mode (0.001 to 100)
+    label: str | None = None  # sample this class only, by its name or number; else all in turn
+    complete: Literal["no", "left", "right", "top", "bottom"] = "no"  # complete test images of which this half is given
+    # core, the same in all six scripts
     dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
-    data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
-    image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
-    steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
-    minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
-    batch_size: int = 16  # images a step, over all processes (> 0)
+    image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (0 to 4096)
+    batch_size: int = 16  # images a step, over all processes (1 to 65536)
     lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
+    ema: float = 0.15  # share of the run so far over which the weights are averaged, not a decay rate (> 0 to 0.5)
+    init: str | None = None  # start from the weights of the run in this folder, of the same script and network
+    # core, free to change on a trained model
+    mode: Literal["train", "eval", "sample"] = "train"  # train (evaluates and samples at the end), eval or sample alone
+    data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
+    steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
+    minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     compile: bool = False  # torch.compile the network
@@ -88,180 +105,20 @@ class Config:
     resume: bool = False  # continue the run in --out from its last checkpoint
     overwrite: bool = False  # start anew in an --out that holds a run already
     num_samples: int = 80  # images to write to samples.npz (> 0)
-    ema: float = 0.15  # share of the run so far over which the weights are averaged that are evaluated and sampled (> 0)
+    eval_images: int = 0  # evaluate on the first so many test images, 0: on all (>= 0)
     log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
-    # the model
-    arch: Literal["transformer", "pixelcnn", "made"] = "transformer"  # what sees the pixels before
-    output: Literal["auto", "bernoulli", "softmax", "mixture"] = "auto"  # of binarised pixels (auto: of mnist) or of 8 bits
-    binarize: Literal["dynamic", "static"] = "dynamic"  # draw the binary training images anew each step, or once
-    mask_only: bool = False  # pixelcnn: the original of 2016, masked convolutions alone, with its blind spot
-    patch: int = 0  # pixels a side that make one position; 0: 2 below 16 pixels, else 4 (>= 0)
-    width: int = 0  # channels; 0: 128 for transformer, 64 for pixelcnn, 16 for made (>= 0)
-    blocks: int = 4  # transformer blocks, gated blocks or hidden layers (> 0)
-    n_head: int = 4  # transformer: attention heads (> 0)
-    kernel: int = 3  # pixelcnn: side of the convolutions, odd and at least 3 (> 0)
-    hidden: int = 1000  # made: units of a hidden layer (> 0)
-    mixtures: int = 5  # logistics in the mixture of --output mixture (> 0)
-    labels: bool = True  # condition on the class; the test likelihood then is the exact mean over classes
-    dropout: float | None = None  # dropout in the blocks; none given: 0.3 for digits, which are few, else 0 (0 to 1)
-    warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
-    decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
-    # sampling: free to change on a trained model
-    sampler: Literal["cached", "naive", "jacobi"] = "cached"  # three ways to one and the same sample
-    temperature: float = 1.0  # of the samples, less is nearer to the mode (> 0)
-    label: int | None = None  # sample this class only, else all in turn (>= 0)
-    complete: Literal["no", "left", "right", "top", "bottom"] = "no"  # this half of test images is given, and completed
 
 
-# ---- the model: a trunk gives each position features of the positions before it, a head the distribution of its pixels
-# A trunk takes x (B,C,H,W) in [-1,1] and labels y (B,) -> (B,features,H,W)
-
-
-class GatedBlock(nn.Module):
-    """v sees the rows above, h the pixels before: two stacks, so that nothing before a pixel stays unseen."""
-
-    def __init__(self, width, k, classes, dropout):
-        super().__init__()
-        self.v_conv = nn.Conv2d(width, 2 * width, (k // 2 + 1, k))
-        self.v_to_h = nn.Conv2d(2 * width, 2 * width, 1)
-        self.h_conv = nn.Conv2d(width, 2 * width, (1, k))
-        self.h_out = nn.Conv2d(width, width, 1)
-        self.label = nn.Embedding(max(classes, 1), 4 * width)
-        self.dropout = nn.Dropout(dropout)
-
-    def vertical(self, v, y, pad):
-        """The vertical stack, and what it and the label give to the horizontal one (B,2*width,H,W)."""
-        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
-        u = self.v_conv(F.pad(v, pad))  # (B, 2*width, H, W)
-        a, b = (u + label_v).chunk(2, 1)
-        return v[:, :, -u.shape[2]:] + torch.tanh(a) * torch.sigmoid(b), self.v_to_h(u) + label_h
-
-    def forward(self, v, h, y, r):
-        v, cond = self.vertical(v, y, (r, r, r, 0))
-        g = self.dropout(gated_masked_conv2d(h, self.h_conv.weight, self.h_conv.bias, cond, "B"))
-        return v, h + self.h_out(g), g
-
-
-class GatedPixelCNN(nn.Module):
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        k, self.r, self.features = cfg.kernel, cfg.kernel // 2, cfg.width
-        self.v_in = nn.Conv2d(channels, cfg.width, (k // 2, k))  # the rows above alone
-        self.h_in = nn.Conv2d(channels, cfg.width, (1, k))  # the pixels on the left alone
-        self.blocks = nn.ModuleList(GatedBlock(cfg.width, k, classes, cfg.dropout) for _ in range(cfg.blocks))
-        self.skip = nn.Conv2d(cfg.blocks * cfg.width, cfg.width, 1)
-
-    def forward(self, x, y):
-        r, skips = self.r, []
-        v = self.v_in(F.pad(x, (r, r, r, 0))[:, :, :-1])  # (B, width, H, W)
-        h = masked_conv2d(x, self.h_in.weight, self.h_in.bias, "A")
-        for block in self.blocks:
-            v, h, g = block(v, h, y, r)
-            skips.append(g)
-        return F.relu(h + self.skip(torch.cat(skips, 1)))
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, width, n_head, dropout):
-        super().__init__()
-        self.n_head, self.norm1, self.norm2 = n_head, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x, attend):
-        """x (B,T,C); attend(q, k, v) takes and gives (B,n_head,T,head_dim)."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        x = x + self.dropout(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-
-class Transformer(nn.Module):
-    """Decoder-only over positions in raster order: token t is the position before t, with the embedding of where t lies."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        if cfg.width % cfg.n_head:
-            raise ValueError(f"--n-head {cfg.n_head} does not divide --width {cfg.width}")
-        self.features = cfg.width
-        self.embed, self.start = nn.Linear(channels, cfg.width), nn.Embedding(max(classes, 1), cfg.width)
-        self.at_row, self.at_column = (nn.Parameter(0.1 * torch.randn(n, cfg.width)) for n in (H, W))
-        self.blocks = nn.ModuleList(TransformerBlock(cfg.width, cfg.n_head, cfg.dropout) for _ in range(cfg.blocks))
-        self.norm = nn.LayerNorm(cfg.width)
-
-    def where(self):
-        return (self.at_row[:, None] + self.at_column).flatten(0, 1)  # (H*W, width)
-
-    def forward(self, x, y):
-        B, _, H, W = x.shape
-        before = self.embed(x.flatten(2).transpose(1, 2)[:, :-1])
-        tokens = torch.cat([self.start(y)[:, None], before], 1) + self.where()  # (B, H*W, width)
-        for block in self.blocks:
-            tokens = block(tokens, lambda q, k, v: attention(q, k, v, "causal"))
-        return self.norm(tokens).unflatten(1, (H, W)).permute(0, 3, 1, 2)
-
-
-class Head(nn.Module):
-    """The parameters of each pixel of a position from its features and, as in MADE, from the position's pixels before it.
-
-    h (B,F,H,W), e (B,C*dims,H,W) embedded pixels -> (B,C,K,H,W). The C pixels of a position are those of its patch and
-    their channels. Single logits have a direct path from h too, as in MADE; for 256 it would be most of the head's work.
-    """
-
-    def __init__(self, features, channels, outputs, dims, hidden):
-        super().__init__()
-        self.shape = channels, outputs
-        self.out = nn.Conv2d(features, channels * outputs, 1) if channels == 1 or outputs == 1 else None
-        if channels > 1:
-            self.from_h = nn.Conv2d(features, channels * hidden, 1)
-            self.from_x = nn.Conv2d(channels * dims, channels * hidden, 1, bias=False)
-            self.to_out = nn.Conv2d(channels * hidden, channels * outputs, 1, groups=channels)
-            c = torch.arange(channels)
-            before = c.repeat_interleave(hidden)[:, None] > c.repeat_interleave(dims)
-            self.register_buffer("mask", before.float()[:, :, None, None], persistent=False)
-
-    def forward(self, h, e):
-        out = self.out(h) if self.out else 0
-        if self.shape[0] > 1:
-            out = out + self.to_out(F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.mask)))
-        return out.unflatten(1, self.shape)
-
-
-class Autoregressive(nn.Module):
-    """x (B,C,H,W) int64 levels at every position, y (B,) int64 -> parameters (B,C,K,H,W) of each pixel given those before."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        trunks = {"pixelcnn": MaskedPixelCNN if cfg.mask_only else GatedPixelCNN, "transformer": Transformer, "made": MADE}
-        self.levels, outputs = {"bernoulli": (2, 1), "softmax": (256, 256), "mixture": (256, 3 * cfg.mixtures)}[cfg.output]
-        dims, hidden = (8, 32) if self.levels == 2 else (16, 64)
-        self.scaled = self.levels == 2 or cfg.arch == "made"  # what the trunk sees of a pixel: its level, or that embedded
-        self.embedding = None if self.scaled and channels == 1 else nn.Embedding(self.levels, dims)
-        self.trunk = trunks[cfg.arch](channels if self.scaled else channels * dims, H, W, classes, cfg)
-        self.head = Head(self.trunk.features, channels, outputs, dims, hidden)
-
-    def embed(self, x):
-        """Levels (B,C,...) -> (B,C*dims,...)."""
-        return self.embedding(x.movedim(1, -1)).flatten(-2).movedim(-1, 1)
-
-    def see(self, x):
-        """Levels (B,C,...) as the trunk sees them: (B,C,...) in [-1,1], or embedded."""
-        return 2 * x.to(next(self.parameters())) / (self.levels - 1) - 1 if self.scaled else self.embed(x)
-
-    def forward(self, x, y):
-        seen = self.see(x).contiguous(memory_format=torch.channels_last)
-        e = self.embed(x) if self.embedding else None
-        return self.head(self.trunk(seen, y), e).to(seen.dtype)  # at least float32, whatever --amp
-
-
-# ---- the maths
+# ---- the likelihood
+# A "pixel" is one value here: one channel of one point of the image. It has one of 2 or 256 levels, integers from 0 on.
+# The network sees an image as a grid of positions. Each holds the n pixels of a patch, modelled one after the other.
 
 
 def patchify(x, patch):
-    """Patches to positions: (B,C,H,W) -> (B, C*patch^2, H/patch, W/patch), zeros on the right and at the bottom added."""
-    return F.pixel_unshuffle(F.pad(x, (0, -x.shape[3] % patch, 0, -x.shape[2] % patch)), patch)
+    """(B,C,H,W) -> (B, n = C*patch^2, H/patch, W/patch). Zeros pad the image on the right and at the bottom."""
+    H, W = x.shape[2:]
+    return F.pixel_unshuffle(F.pad(x, (0, -W % patch, 0, -H % patch)), patch)
 
 
 def unpatchify(x, patch, H, W):
@@ -270,372 +127,565 @@ def unpatchify(x, patch, H, W):
 
 
 def log_prob(params, x, output):
-    """log p of each pixel. params (B,C,K,H,W), x (B,C,H,W) levels -> (B,C,H,W)."""
+    """log p of each pixel by its K parameters. params (B,n,K,H,W), x (B,n,H,W) levels -> (B,n,H,W)."""
     if output == "bernoulli":
         return F.logsigmoid((2 * x - 1) * params[:, :, 0])
     if output == "softmax":
-        logits, x = params.permute(0, 3, 4, 1, 2), x.permute(0, 2, 3, 1)  # as they lie in memory, the levels last
-        return -F.cross_entropy(logits.flatten(0, 3), x.flatten(), reduction="none").view_as(x).permute(0, 3, 1, 2)
-    return logistic_mixture(x.flatten(0, 1)[:, None].float(), params.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-def draw(params, u, output, temperature=1.0):
-    """A pixel from its parameters and one uniform number, by the inverse of the distribution function.
-
-    params (...,K), u (...) in [0,1) -> levels (...), int64. The same u gives the same level, however params were computed.
-    """
-    if output == "bernoulli":
-        return (u < torch.sigmoid(params[..., 0] / temperature)).long()
-    M = params.shape[-1] // 3 if output == "mixture" else None
-    cdf = torch.cumsum(torch.softmax(params[..., :M] / temperature, -1), -1)
-    k = (u[..., None] >= cdf[..., :-1]).sum(-1, keepdim=True)  # (..., 1)
-    if output == "softmax":
-        return k[..., 0]
-    low = torch.where(k > 0, cdf.gather(-1, (k - 1).clamp(min=0)), 0)
-    u = ((u[..., None] - low) / (cdf.gather(-1, k) - low)).clamp(1e-6, 1 - 1e-6)[..., 0]  # what is left of u is uniform
-    mean, log_scale = (params[..., i * M:(i + 1) * M].gather(-1, k)[..., 0] for i in (1, 2))
-    value = mean + temperature * torch.exp(log_scale.clamp(min=-7)) * (torch.log(u) - torch.log1p(-u))
-    return ((value + 1) * 127.5).round().clamp(0, 255).long()
+        logits = params.permute(0, 3, 4, 1, 2)  # (B, H, W, n, 256), as they lie in memory
+        x = x.permute(0, 2, 3, 1)
+        nll = F.cross_entropy(logits.flatten(0, 3), x.flatten(), reduction="none")
+        return -nll.view_as(x).permute(0, 3, 1, 2)
+    pixels = x.flatten(0, 1)[:, None].float()
+    return logistic_mixture(pixels, params.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def log_likelihood(model, x, y, cfg):
-    """Exact log p(x | y) in nats. x (B,C,H,W) levels, int64 -> (B,)."""
-    patches, inside = patchify(x, cfg.patch), patchify(torch.ones_like(x[:1]), cfg.patch)
-    return (log_prob(model(patches, y), patches, cfg.output) * inside).sum((1, 2, 3))
+    """The exact log p(x | y) in nats. x (B,C,H,W) levels, int64, y (B,) -> (B,)."""
+    patches = patchify(x, cfg.patch)
+    inside = patchify(torch.ones_like(x[:1]), cfg.patch)  # 0 where zeros pad the image
+    log_p = log_prob(model(patches, y), patches, cfg.output)  # log p(x_i | x_1 ... x_i-1, y)
+    return (log_p * inside).sum((1, 2, 3))  # PixelCNN eq. 1
+
+
+# ---- the model: a trunk and a head
+# The trunk gives each position features of the positions before it, the head the distribution of each of its pixels.
+# A trunk takes x (B,C,H,W), which is what it sees of the pixels, and labels y (B,), and gives (B,features,H,W).
+# The transformer is the default trunk. The two others stand behind the samplers.
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width, n_head, dropout):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, attend):
+        """x (B,T,width); attend(q, k, v) takes and gives (B,n_head,T,head_dim)."""
+        B, T, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, width // self.n_head).permute(2, 0, 3, 1, 4)
+        x = x + self.dropout(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, width)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Transformer(nn.Module):
+    """Decoder-only, over positions in raster order. Token t holds the position before t and the place of t itself."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        if cfg.width % cfg.n_head:
+            raise ValueError(f"--n-head {cfg.n_head} does not divide --width {cfg.width}")
+        self.features = cfg.width
+        self.embed = nn.Linear(channels, cfg.width)
+        self.start = nn.Embedding(max(classes, 1), cfg.width)  # token 0 is the label
+        self.at_row = nn.Parameter(0.1 * torch.randn(H, cfg.width))
+        self.at_column = nn.Parameter(0.1 * torch.randn(W, cfg.width))
+        self.blocks = nn.ModuleList(TransformerBlock(cfg.width, cfg.n_head, cfg.dropout) for _ in range(cfg.blocks))
+        self.norm = nn.LayerNorm(cfg.width)
+
+    def places(self):
+        return (self.at_row[:, None] + self.at_column).flatten(0, 1)  # (H*W, width)
+
+    def forward(self, x, y):
+        H, W = x.shape[2:]
+        before = self.embed(x.flatten(2).transpose(1, 2)[:, :-1])
+        tokens = torch.cat([self.start(y)[:, None], before], 1) + self.places()  # (B, H*W, width)
+        for block in self.blocks:
+            tokens = block(tokens, lambda q, k, v: attention(q, k, v, "causal"))
+        return self.norm(tokens).unflatten(1, (H, W)).permute(0, 3, 1, 2)
+
+
+def conv_at(conv, h):
+    """A 1x1 convolution at one position: h (B,channels) -> (B,outputs)."""
+    return F.linear(h, conv.weight.flatten(1), conv.bias)
+
+
+class Head(nn.Module):
+    """The parameters of each pixel of a position, from the position's features and its earlier pixels: PixelCNN eq. 2.
+
+    h (B,features,H,W), e (B,n*dims,H,W) embedded pixels -> (B,n,K,H,W). For n > 1 it is a MADE with one hidden layer
+    inside each position: every pixel has `hidden` units, which see h and the pixels before it. A pixel with one output
+    also has a direct path from h, as in MADE; for 256 it would be most of the work. For n = 1 there is this path alone.
+    """
+
+    def __init__(self, features, n, K, dims, hidden):
+        super().__init__()
+        self.n = n
+        self.K = K
+        self.hidden = hidden
+        self.direct = nn.Conv2d(features, n * K, 1) if n == 1 or K == 1 else None
+        if n > 1:
+            self.from_h = nn.Conv2d(features, n * hidden, 1)
+            self.from_x = nn.Conv2d(n * dims, n * hidden, 1, bias=False)
+            self.to_out = nn.Conv2d(n * hidden, n * K, 1, groups=n)
+            pixel = torch.arange(n)  # a unit sees the embedded pixels before the pixel that it belongs to
+            mask = pixel.repeat_interleave(hidden)[:, None] > pixel.repeat_interleave(dims)
+            self.register_buffer("mask", mask.float()[:, :, None, None], persistent=False)
+
+    def forward(self, h, e):
+        out = self.direct(h) if self.direct else 0
+        if self.n > 1:
+            units = F.relu(self.from_h(h) + F.conv2d(e, self.from_x.weight * self.mask))
+            out = out + self.to_out(units)
+        return out.unflatten(1, (self.n, self.K))
+
+    def at(self, h):
+        """What h (B,features) of one position gives to its units (B,n,hidden), and directly to its pixels (B,n,K), or 0."""
+        units = conv_at(self.from_h, h).unflatten(1, (self.n, self.hidden)) if self.n > 1 else None
+        direct = conv_at(self.direct, h).unflatten(1, (self.n, self.K)) if self.direct else h.new_zeros(1, self.n, 1)
+        return units, direct
+
+    def pixel(self, units, direct, e, c):
+        """As forward, for pixel c of one position: from at(h), and e (B,n,dims), which is zero from pixel c on -> (B,K)."""
+        if self.n == 1:
+            return direct[:, 0]
+        from_x = F.linear(e.flatten(1), self.from_x.weight.view(self.n, self.hidden, -1)[c])  # zeros need no mask
+        weight = self.to_out.weight.view(self.n, self.K, -1)[c]
+        bias = self.to_out.bias.view(self.n, self.K)[c]
+        return F.linear(F.relu(units[:, c] + from_x), weight, bias) + direct[:, c]
+
+
+class Autoregressive(nn.Module):
+    """The parameters of p(x_i | x_1 ... x_i-1, y) for all pixels in one pass.
+
+    x (B,n,H,W) int64 levels of the n pixels of each position, y (B,) int64 -> (B,n,K,H,W).
+    """
+
+    def __init__(self, n, H, W, classes, cfg):
+        super().__init__()
+        self.levels = 2 if cfg.output == "bernoulli" else 256
+        K = {"bernoulli": 1, "softmax": 256, "mixture": 3 * cfg.mixtures}[cfg.output]  # numbers a pixel
+        dims, hidden = (8, 32) if self.levels == 2 else (16, 64)  # of an embedded level, units a pixel: tried on MNIST
+        # The trunk sees binary pixels, and MADE's trunk all pixels, as numbers in [-1,1]. Else it sees them embedded.
+        self.sees_levels = self.levels == 2 or cfg.arch == "made"
+        self.embedding = nn.Embedding(self.levels, dims) if n > 1 or not self.sees_levels else None
+        self.trunk = TRUNKS[cfg.arch](n if self.sees_levels else n * dims, H, W, classes, cfg)
+        self.head = Head(self.trunk.features, n, K, dims, hidden)
+
+    def embed(self, x):
+        """Levels (B,n,...) -> (B,n*dims,...)."""
+        return self.embedding(x.movedim(1, -1)).flatten(-2).movedim(-1, 1)
+
+    def see(self, x):
+        """Levels (B,n,...) as the trunk sees them: (B,n,...) in [-1,1], or (B,n*dims,...) embedded."""
+        if self.sees_levels:
+            return 2 * x.to(next(self.parameters())) / (self.levels - 1) - 1
+        return self.embed(x)
+
+    def forward(self, x, y):
+        seen = self.see(x).contiguous(memory_format=torch.channels_last)
+        e = self.embed(x) if self.embedding else None
+        return self.head(self.trunk(seen, y), e).to(seen.dtype)  # at least float32, whatever --amp is
+
+
+# ---- sampling: three ways to the same sample
+
+
+def draw(params, u, output, temperature=1.0):
+    """The level of a pixel from its parameters and a uniform number, by the inverse of the distribution function.
+
+    params (...,K), u (...) in [0,1) -> levels (...), int64. The same u gives the same level, whatever computed params.
+    """
+    if output == "bernoulli":
+        return (u < torch.sigmoid(params[..., 0] / temperature)).long()
+    if output == "softmax":
+        logits = params
+    else:
+        logits, means, log_scales = params.chunk(3, -1)  # (..., M) each
+    cdf = torch.cumsum(torch.softmax(logits / temperature, -1), -1)
+    k = (u[..., None] >= cdf[..., :-1]).sum(-1, keepdim=True)  # the level, or the component of the mixture, (..., 1)
+    if output == "softmax":
+        return k[..., 0]
+    # Given that u fell into component k, its place within the interval of k is again uniform. So it serves to draw from
+    # the logistic, whose inverse distribution function is mean + scale * log(u / (1 - u)). The clamp keeps that finite.
+    high = cdf.gather(-1, k)
+    low = torch.where(k > 0, cdf.gather(-1, (k - 1).clamp(min=0)), 0)
+    u = ((u[..., None] - low) / (high - low).clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6)[..., 0]
+    mean = means.gather(-1, k)[..., 0]
+    scale = torch.exp(log_scales.gather(-1, k)[..., 0].clamp(min=-7))
+    value = mean + temperature * scale * (torch.log(u) - torch.log1p(-u))  # in [-1,1] but for the tails
+    return ((value + 1) * 127.5).round().clamp(0, 255).long()
+
+
+def redraw(params, u, given, cfg):
+    """Draw pixels, but keep those that are given, which are not -1. params (...,K), u and given (...) -> (...)."""
+    return torch.where(given >= 0, given, draw(params, u, cfg.output, cfg.temperature))
 
 
 @torch.no_grad()
 def sample(model, y, noise, cfg, given=None):
-    """Pixels from uniform noise (B,C,H,W) in [0,1), given those of `given` (B,C,H,W) that are not -1 -> levels, passes used.
+    """Images from uniform noise (B,C,H,W) in [0,1) -> their levels (B,C,H,W), and the number of passes or steps.
 
-    Every --sampler gives the same sample from the same noise. "naive" is the definition: a pass of the network a pixel.
-    "cached" computes one position at a time. "jacobi" redraws all pixels from the last guess until none changes, which
-    they do from the first on, one more a pass at least: that is a fixed point, and the only one is the sample.
+    Pixels of `given` (B,C,H,W) that are not -1 are kept. The noise alone decides the sample, whatever --sampler is.
     """
     H, W = noise.shape[2:]
-    given = torch.full_like(noise, -1, dtype=torch.long) if given is None else given
-    noise, given = patchify(noise, cfg.patch), patchify(given, cfg.patch)  # what pads the image counts as given, 0
-    x, (C, rows, columns) = given.clamp(min=0), noise.shape[1:]
-
-    def redraw(params, u, g):  # params (...,K), u and g (...)
-        return torch.where(g >= 0, g, draw(params, u, cfg.output, cfg.temperature))
-
-    if cfg.sampler == "jacobi":
-        for passes in count(1):
-            last, x = x, redraw(model(x, y).movedim(2, -1), noise, given)
-            if torch.equal(last, x):
-                return unpatchify(x, cfg.patch, H, W), passes
-    cached = cfg.sampler == "cached"
-    if cached:
-        seen = model.see(x)
-        cache = CACHES[type(model.trunk)](model.trunk, seen, y)
-    for i, j in product(range(rows), range(columns)):
-        here, u, g = (a[:, :, i, j] for a in (x, noise, given))  # (B, C), parts of the whole
-        if cached:
-            head = HeadCache(model, cache.step(seen, i, j))
-        for c in range(C):
-            params = head.step(here, c) if cached else model(x, y)[:, c, :, i, j]  # (B, K)
-            here[:, c] = redraw(params, u[:, c], g[:, c])
-        if cached:
-            seen[:, :, i, j] = model.see(here)
-    return unpatchify(x, cfg.patch, H, W), rows * columns * (1 if cached else C)
+    if given is None:
+        given = torch.full_like(noise, -1, dtype=torch.long)
+    noise = patchify(noise, cfg.patch)
+    given = patchify(given, cfg.patch)  # the zeros that pad the image count as given
+    way = {"naive": sample_naive, "jacobi": sample_jacobi, "cached": sample_cached}[cfg.sampler]
+    x, passes = way(model, y, noise, given, cfg)
+    return unpatchify(x, cfg.patch, H, W), passes
 
 
-# ---- two simpler trunks, to compare with
+def sample_naive(model, y, noise, given, cfg):
+    """The definition: for each pixel one pass of the network, which sees the pixels drawn so far."""
+    x = given.clamp(min=0)
+    n, H, W = x.shape[1:]
+    for i, j, c in product(range(H), range(W), range(n)):
+        params = model(x, y)[:, c, :, i, j]  # (B, K)
+        x[:, c, i, j] = redraw(params, noise[:, c, i, j], given[:, c, i, j], cfg)
+    return x, H * W * n
 
 
-class MaskedPixelCNN(nn.Module):
-    """Masked convolutions stacked, as first published: what lies above on the right of the kernels' cone is never seen."""
+def sample_jacobi(model, y, noise, given, cfg):
+    """Each pass redraws all pixels given the last guess, Song 2021 alg. 1. After pass n the first n pixels are final.
 
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        self.features, self.first = cfg.width, nn.Conv2d(channels, cfg.width, cfg.kernel + 2)
-        self.convs = nn.ModuleList(nn.Conv2d(cfg.width, cfg.width, cfg.kernel) for _ in range(cfg.blocks))
-        self.label, self.dropout = nn.Embedding(max(classes, 1), cfg.width), nn.Dropout(cfg.dropout)
-
-    def forward(self, x, y):
-        h = masked_conv2d(x, self.first.weight, self.first.bias, "A") + self.label(y)[:, :, None, None]
-        for conv in self.convs:
-            h = h + masked_conv2d(self.dropout(F.relu(h)), conv.weight, conv.bias, "B")
-        return F.relu(h)
+    When a pass changes nothing, x is a fixed point. There is only one: the sample.
+    """
+    x = given.clamp(min=0)
+    for passes in count(1):
+        last = x
+        x = redraw(model(last, y).movedim(2, -1), noise, given, cfg)
+        if torch.equal(last, x):
+            return x, passes
 
 
-class MADE(nn.Module):
-    """A masked multilayer perceptron: a unit of degree m sees positions up to m (of degree -1 the label alone), the output
-    of position t units of degree below t."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        T, n = H * W, cfg.hidden
-        self.features, self.label = cfg.width, nn.Embedding(max(classes, 1), n)
-        position, degree = torch.arange(T), torch.arange(n) * T // n - 1  # of inputs and outputs, of hidden units
-        self.layers = nn.ModuleList(nn.Linear(n if i else T * channels, n) for i in range(cfg.blocks))
-        self.out, self.dropout = nn.Linear(n, T * self.features), nn.Dropout(cfg.dropout)
-        masks = {"mask_in": degree[:, None] >= position.repeat_interleave(channels),
-                 "mask_hidden": degree[:, None] >= degree,
-                 "mask_out": position.repeat_interleave(self.features)[:, None] > degree}
-        for name, mask in masks.items():
-            self.register_buffer(name, mask.float(), persistent=False)
-        self.ends = torch.searchsorted(degree, position).tolist()  # number of units that the output of t sees
-
-    def weights(self):
-        masks = [self.mask_in, *[self.mask_hidden] * (len(self.layers) - 1)]
-        return [layer.weight * mask for layer, mask in zip(self.layers, masks, strict=True)], self.out.weight * self.mask_out
-
-    def forward(self, x, y):
-        B, _, H, W = x.shape
-        h, (weights, out) = x.flatten(2).transpose(1, 2).flatten(1), self.weights()  # (B, T*C), position by position
-        for i, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
-            h = F.linear(h, weight, layer.bias)
-            h = self.dropout(F.relu(h + self.label(y) if i == 0 else h))
-        return F.linear(h, out, self.out.bias).view(B, H, W, -1).permute(0, 3, 1, 2)
+def sample_cached(model, y, noise, given, cfg):
+    """One position after the other. A cache gives what a whole pass would give there, by the work of one position."""
+    x = given.clamp(min=0)
+    n, H, W = x.shape[1:]
+    seen = model.see(x)
+    cache = CACHES[cfg.arch](model.trunk, seen, y)
+    for i, j in product(range(H), range(W)):
+        units, direct = model.head.at(cache.step(seen, i, j))
+        here = x[:, :, i, j]  # a view: what is written to it stands in x
+        e = direct.new_zeros(len(x), n, model.embedding.embedding_dim) if n > 1 else None
+        for c in range(n):
+            params = model.head.pixel(units, direct, e, c)  # (B, K)
+            here[:, c] = redraw(params, noise[:, c, i, j], given[:, c, i, j], cfg)
+            if n > 1:
+                e[:, c] = model.embedding(here[:, c])
+        seen[:, :, i, j] = model.see(here)
+    return x, H * W
 
 
-# ---- the remedy: caches, so that a position costs a position's work
-# Cache(trunk, x, y), then step(x, i, j) for one position after the other, with x known at those before: what the trunk's
-# forward gives there, (B,features).
-
-
-class GatedCache:
-    """Of each block's v the rows so far, of its h the row under way. A row of the vertical stack sees the rows above alone,
-    so it is computed at once when the row begins."""
-
-    def __init__(self, trunk, x, y):
-        B, _, H, W = x.shape
-        self.trunk, self.y, self.r, width = trunk, y, trunk.r, trunk.features
-        self.rows = [x.new_zeros(B, width, H + self.r, W) for _ in trunk.blocks]
-        self.row = [x.new_zeros(B, W + self.r, width) for _ in trunk.blocks]
-        self.first = trunk.h_in.bias, trunk.h_in.weight[:, :, 0, :self.r].flatten(1).T  # live taps
-        self.convs = [b.h_conv.weight[:, :, 0, :self.r + 1].permute(2, 1, 0).flatten(0, 1) for b in trunk.blocks]
-
-    def begin_row(self, x, i):
-        r, self.conds = self.r, []
-        v = self.trunk.v_in(F.pad(x[:, :, max(i - r, 0):i], (r, r, max(r - i, 0), 0)))  # (B, width, 1, W)
-        for block, rows, row in zip(self.trunk.blocks, self.rows, self.row, strict=True):
-            rows[:, :, i + r] = v[:, :, 0]
-            v, cond = block.vertical(rows[:, :, i:i + r + 1], self.y, (r, r, 0, 0))
-            self.conds.append(cond[:, :, 0].permute(2, 0, 1) + block.h_conv.bias)  # (W, B, 2*width)
-            row.zero_()
-
-    def step(self, x, i, j):
-        if j == 0:
-            self.begin_row(x, i)
-        r, gs = self.r, []
-        left = F.pad(x[:, :, i, max(j - r, 0):j], (max(r - j, 0), 0))  # (B, C, r)
-        h = torch.addmm(self.first[0], left.flatten(1), self.first[1])  # (B, width)
-        for block, row, cond, conv in zip(self.trunk.blocks, self.row, self.conds, self.convs, strict=True):
-            row[:, j + r] = h
-            a, b = torch.addmm(cond[j], row[:, j:j + r + 1].flatten(1), conv).chunk(2, 1)  # (B, width)
-            g = torch.tanh(a) * torch.sigmoid(b)
-            h = h + F.linear(g, block.h_out.weight[:, :, 0, 0], block.h_out.bias)
-            gs.append(g)
-        return F.relu(h + F.linear(torch.cat(gs, 1), self.trunk.skip.weight[:, :, 0, 0], self.trunk.skip.bias))
-
-
-class MaskedCache:
-    """Of every convolution the live rows of its kernel, and its input so far, zero-padded."""
-
-    def __init__(self, trunk, x, y):
-        B, _, H, W = x.shape
-        self.start, self.convs = trunk.label(y), []
-        for conv, mask_type in [(trunk.first, "A"), *((conv, "B") for conv in trunk.convs)]:
-            k = conv.kernel_size[0]
-            live = conv.weight[:, :, :k // 2 + 1].clone()
-            live[:, :, -1, k // 2 + (mask_type == "B"):] = 0
-            self.convs.append((x.new_zeros(B, conv.in_channels, H + k // 2, W + k - 1), live.flatten(1).T, conv.bias, k))
-
-    def step(self, x, i, j):
-        seen, live, bias, k = self.convs[0]
-        if j > 0 or i > 0:  # the position before, which is known by now
-            before = (i, j - 1) if j > 0 else (i - 1, x.shape[3] - 1)
-            seen[:, :, before[0] + k // 2, before[1] + k // 2] = x[:, :, before[0], before[1]]
-        h = self.start + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
-        for seen, live, bias, k in self.convs[1:]:
-            seen[:, :, i + k // 2, j + k // 2] = F.relu(h)
-            h = h + torch.addmm(bias, seen[:, :, i:i + k // 2 + 1, j:j + k].flatten(1), live)
-        return F.relu(h)
+# ---- caches: a position costs the work of a position. First the transformer's
+# Cache(trunk, x, y), then step(x, i, j) for one position after the other, in raster order. At each step x holds what is
+# known at the positions before (i, j). The step gives the features that the trunk's forward gives there, (B,features).
 
 
 class KeyValueCache:
-    """Of each block the keys and values so far."""
+    """For the transformer: the keys and values so far, of each block."""
 
     def __init__(self, trunk, x, y):
-        (B, _, H, W), n_head = x.shape, trunk.blocks[0].n_head
-        self.trunk, self.first, self.where = trunk, trunk.start(y), trunk.where()
-        self.kept = [x.new_zeros(2, B, n_head, H * W, trunk.features // n_head) for _ in trunk.blocks]
+        B, _, H, W = x.shape
+        self.trunk = trunk
+        self.start = trunk.start(y)
+        self.places = trunk.places()
+        self.kept = [x.new_zeros(2, B, block.n_head, H * W, trunk.features // block.n_head) for block in trunk.blocks]
 
     def step(self, x, i, j):
         t = i * x.shape[3] + j
-        token = self.trunk.embed(x.flatten(2)[:, :, t - 1]) if t else self.first
-        token = (token + self.where[t])[:, None]  # (B, 1, width)
+        before = self.trunk.embed(x.flatten(2)[:, :, t - 1]) if t > 0 else self.start
+        token = (before + self.places[t])[:, None]  # (B, 1, width)
         for block, (keys, values) in zip(self.trunk.blocks, self.kept, strict=True):
-            def attend(q, k, v, keys=keys, values=values):
-                keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
+            def attend(q, k, v, keys=keys, values=values):  # the block calls it at once
+                keys[:, :, t] = k[:, :, 0]
+                values[:, :, t] = v[:, :, 0]
                 return decode_attention(q, keys, values, t + 1)
             token = block(token, attend)
         return self.trunk.norm(token)[:, 0]
 
 
-class UnitCache:
-    """Of each hidden layer of MADE the units so far: a position adds those of its degree."""
+# ---- two more trunks, each with its cache: the gated PixelCNN, and MADE
+
+
+class GatedBlock(nn.Module):
+    """The vertical stack v sees all rows above, the horizontal stack h sees v and the pixels on the left.
+
+    v at row i has seen the rows before i alone, from v_in on. So v_conv may look at row i of v, and v_to_h at v itself.
+    """
+
+    def __init__(self, width, k, classes, dropout):
+        super().__init__()
+        self.r = k // 2
+        self.v_conv = nn.Conv2d(width, 2 * width, (k // 2 + 1, k))
+        self.v_to_h = nn.Conv2d(2 * width, 2 * width, 1)
+        self.h_conv = nn.Conv2d(width, 2 * width, (1, k))
+        self.h_out = nn.Conv2d(width, width, 1)
+        self.label = nn.Embedding(max(classes, 1), 4 * width)
+        self.dropout = nn.Dropout(dropout)
+
+    def vertical(self, v, y):
+        """The next vertical stack (B,width,H,W), and what it gives to the horizontal one (B,2*width,H,W).
+
+        v is (B,width,r+H,r+W+r): it has r more rows above and r more columns on both sides.
+        """
+        label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
+        u = self.v_conv(v)  # (B, 2*width, H, W)
+        a, b = (u + label_v).chunk(2, 1)
+        v = v[:, :, self.r:, self.r:-self.r] + torch.tanh(a) * torch.sigmoid(b)  # gated PixelCNN eq. 4
+        return v, self.v_to_h(u) + label_h
+
+    def forward(self, v, h, y):
+        v, to_h = self.vertical(F.pad(v, (self.r, self.r, self.r, 0)), y)
+        g = self.dropout(gated_masked_conv2d(h, self.h_conv.weight, self.h_conv.bias, to_h, "B"))  # eq. 4
+        return v, h + self.h_out(g), g
+
+
+class GatedPixelCNN(nn.Module):
+    """Two stacks, gated PixelCNN fig. 2, so that no earlier pixel stays unseen.
+
+    The PixelCNN before it is one stack of masked k x k convolutions. Pixels above on the right are outside their cone.
+    """
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        k = cfg.kernel
+        self.r = k // 2
+        self.features = cfg.width
+        self.v_in = nn.Conv2d(channels, cfg.width, (k // 2, k))  # the rows above alone
+        self.h_in = nn.Conv2d(channels, cfg.width, (1, k))  # the pixels on the left alone
+        self.blocks = nn.ModuleList(GatedBlock(cfg.width, k, classes, cfg.dropout) for _ in range(cfg.blocks))
+        self.skip = nn.Conv2d(cfg.blocks * cfg.width, cfg.width, 1)
+
+    def forward(self, x, y):
+        v = self.v_in(F.pad(x, (self.r, self.r, self.r, 0))[:, :, :-1])  # (B, width, H, W)
+        h = masked_conv2d(x, self.h_in.weight, self.h_in.bias, "A")
+        skips = []
+        for block in self.blocks:
+            v, h, g = block(v, h, y)
+            skips.append(g)
+        return F.relu(h + self.skip(torch.cat(skips, 1)))
+
+
+class GatedCache:
+    """Of each block the rows of v so far, with r rows of zeros above, and the row of h under way, with r zeros on its left.
+
+    A row of the vertical stack sees only the rows above it, so the whole row is computed when it begins.
+    """
 
     def __init__(self, trunk, x, y):
-        self.trunk, (self.weights, self.out) = trunk, trunk.weights()
-        self.units = [x.new_zeros(len(x), len(weight)) for weight in self.weights]
-        self.biases = [trunk.layers[0].bias + trunk.label(y), *(layer.bias.expand(len(x), -1) for layer in trunk.layers[1:])]
+        B, _, H, W = x.shape
+        r = trunk.r
+        self.trunk = trunk
+        self.y = y
+        self.v_rows = [x.new_zeros(B, trunk.features, r + H, W) for _ in trunk.blocks]
+        self.h_row = [x.new_zeros(B, r + W, trunk.features) for _ in trunk.blocks]
+        self.w_in = trunk.h_in.weight[:, :, 0, :r].flatten(1).T  # (channels*r, width), the taps on the left
+        live = [block.h_conv.weight[:, :, 0, :r + 1] for block in trunk.blocks]  # and of the centre
+        self.w_h = [w.permute(2, 1, 0).flatten(0, 1) for w in live]  # ((r+1)*width, 2*width)
+
+    def begin_row(self, x, i):
+        r = self.trunk.r
+        v = self.trunk.v_in(F.pad(x[:, :, max(i - r, 0):i], (r, r, max(r - i, 0), 0)))  # (B, width, 1, W)
+        self.to_h = []  # for each block (W, B, 2*width)
+        for block, v_rows, h_row in zip(self.trunk.blocks, self.v_rows, self.h_row, strict=True):
+            v_rows[:, :, i + r] = v[:, :, 0]
+            v, to_h = block.vertical(F.pad(v_rows[:, :, i:i + r + 1], (r, r)), self.y)
+            self.to_h.append(to_h[:, :, 0].permute(2, 0, 1) + block.h_conv.bias)  # with the bias that step would add
+            h_row.zero_()
 
     def step(self, x, i, j):
-        t, ends, h = i * x.shape[3] + j, self.trunk.ends, x.flatten(2).transpose(1, 2).flatten(1)
-        new = slice(ends[t - 1] if t else 0, ends[t])  # the units of degree t - 1
+        if j == 0:
+            self.begin_row(x, i)
+        r = self.trunk.r
+        left = F.pad(x[:, :, i, max(j - r, 0):j], (max(r - j, 0), 0))  # (B, channels, r)
+        h = torch.addmm(self.trunk.h_in.bias, left.flatten(1), self.w_in)  # (B, width)
+        skips = []
+        for block, h_row, to_h, w_h in zip(self.trunk.blocks, self.h_row, self.to_h, self.w_h, strict=True):
+            h_row[:, j + r] = h
+            a, b = torch.addmm(to_h[j], h_row[:, j:j + r + 1].flatten(1), w_h).chunk(2, 1)  # (B, width)
+            g = torch.tanh(a) * torch.sigmoid(b)
+            h = h + conv_at(block.h_out, g)
+            skips.append(g)
+        return F.relu(h + conv_at(self.trunk.skip, torch.cat(skips, 1)))
+
+
+class MADE(nn.Module):
+    """A multilayer perceptron whose weights are masked, so that the outputs of position t see positions before t alone.
+
+    Positions count from 0. A unit of degree m sees the positions up to m; one of degree -1 sees the label alone.
+    """
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        T = H * W
+        self.features = 16  # of each position, for the head
+        self.label = nn.Embedding(max(classes, 1), cfg.width)
+        self.layers = nn.ModuleList(nn.Linear(cfg.width if i else T * channels, cfg.width) for i in range(cfg.blocks))
+        self.out = nn.Linear(cfg.width, T * self.features)
+        self.dropout = nn.Dropout(cfg.dropout)
+        degree = torch.arange(cfg.width) * T // cfg.width - 1  # of each unit: -1 to T - 2, in rising order
+        of_input = torch.arange(T).repeat_interleave(channels)  # the position of each input and each output
+        of_output = torch.arange(T).repeat_interleave(self.features)
+        self.register_buffer("degree", degree, persistent=False)
+        self.register_buffer("mask_in", (degree[:, None] >= of_input).float(), persistent=False)  # MADE eq. 8
+        self.register_buffer("mask_hidden", (degree[:, None] >= degree).float(), persistent=False)
+        self.register_buffer("mask_out", (of_output[:, None] > degree).float(), persistent=False)  # MADE eq. 9
+
+    def weights(self):
+        """The masked weights of all layers, the output's last."""
+        first, *others = self.layers
+        hidden = [layer.weight * self.mask_hidden for layer in others]
+        return [first.weight * self.mask_in, *hidden, self.out.weight * self.mask_out]
+
+    def forward(self, x, y):
+        B, _, H, W = x.shape
+        *weights, w_out = self.weights()
+        h = x.flatten(2).transpose(1, 2).flatten(1)  # (B, T*channels), position by position
+        for i, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
+            h = F.linear(h, weight, layer.bias)
+            if i == 0:
+                h = h + self.label(y)
+            h = self.dropout(F.relu(h))
+        return F.linear(h, w_out, self.out.bias).view(B, H, W, -1).permute(0, 3, 1, 2)
+
+
+class UnitCache:
+    """The hidden units so far. Position t adds those of degree t - 1: a slice, as units are sorted by degree."""
+
+    def __init__(self, trunk, x, y):
+        B, _, H, W = x.shape
+        self.trunk = trunk
+        *self.weights, self.w_out = trunk.weights()
+        self.units = [x.new_zeros(B, len(weight)) for weight in self.weights]
+        self.biases = [layer.bias.expand(B, -1) for layer in trunk.layers]
+        self.biases[0] = trunk.layers[0].bias + trunk.label(y)
+        degrees = torch.arange(-1, H * W, device=x.device)  # t - 1 at position t
+        self.first = torch.searchsorted(trunk.degree, degrees).tolist()  # the first unit of each degree
+
+    def step(self, x, i, j):
+        t = i * x.shape[3] + j
+        new = slice(self.first[t], self.first[t + 1])
+        h = x.flatten(2).transpose(1, 2).flatten(1)  # (B, T*channels)
         for weight, bias, units in zip(self.weights, self.biases, self.units, strict=True):
             units[:, new] = F.relu(torch.addmm(bias[:, new], h, weight[new].T))
             h = units
         out = slice(t * self.trunk.features, (t + 1) * self.trunk.features)
-        return F.linear(self.units[-1], self.out[out], self.trunk.out.bias[out])
+        return F.linear(h, self.w_out[out], self.trunk.out.bias[out])
 
 
-class HeadCache:
-    """Of one position, whose features are h (B,features): what these and its pixels so far give to the pixels after them."""
-
-    def __init__(self, model, h):
-        head, (C, K), self.embed = model.head, model.head.shape, model.embed
-        self.out = h.new_zeros(len(h), C, K)
-        if head.out:
-            self.out += F.linear(h, head.out.weight[:, :, 0, 0], head.out.bias).unflatten(1, (C, K))
-        if C > 1:
-            self.out += head.to_out.bias.view(C, K)
-            self.hidden = F.linear(h, head.from_h.weight[:, :, 0, 0], head.from_h.bias).unflatten(1, (C, -1))
-            self.from_x = head.from_x.weight[:, :, 0, 0].T.unflatten(0, (C, -1))  # (C, dims, C*hidden)
-            self.to_out = head.to_out.weight[:, :, 0, 0].unflatten(0, (C, K)).mT  # (C, hidden, K)
-
-    def step(self, x, c):
-        """The parameters (B,K) of pixel c from x (B,C), whose pixels before c are known; for c = 0, 1, ... in turn."""
-        if self.out.shape[1] == 1:
-            return self.out[:, 0]
-        if c > 0:  # no mask: what it gives to the units of pixels that are drawn is not read again
-            self.hidden += (self.embed(x[:, c - 1:c]) @ self.from_x[c - 1]).view_as(self.hidden)
-        return torch.addmm(self.out[:, c], F.relu(self.hidden[:, c]), self.to_out[c])
-
-
-CACHES = {GatedPixelCNN: GatedCache, MaskedPixelCNN: MaskedCache, Transformer: KeyValueCache, MADE: UnitCache}
+TRUNKS = {"transformer": Transformer, "pixelcnn": GatedPixelCNN, "made": MADE}
+CACHES = {"transformer": KeyValueCache, "pixelcnn": GatedCache, "made": UnitCache}
 
 
 # ---- the loops
 
-# What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
-FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
-    sampler temperature label complete""".split()
-
-LARGE = 784  # values of an image from which on fewer images are taken at once: each value may have 256 logits
+VALUES_AT_ONCE = 784  # fewer than 250 images are taken at once where they have more values: each may have 256 logits
 
 
 def choose(cfg, H, W):
-    """cfg, with what the data and the architecture decide where nothing was said."""
-    if cfg.patch > max(H, W):
-        raise ValueError(f"--patch {cfg.patch}: is larger than the images, {H} x {W}")
+    """Set in cfg what the data and the architecture decide where no flag was given."""
     if cfg.output == "auto":
         cfg.output = "bernoulli" if cfg.dataset == "mnist" else "softmax"
-    cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
+    cfg.patch = cfg.patch or min(2 if min(H, W) < 16 else 4, max(H, W))
+    cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 1000}[cfg.arch]
     if cfg.dropout is None:
         cfg.dropout = 0.3 if cfg.dataset == "digits" else 0.0
-    cfg.width = cfg.width or {"transformer": 128, "pixelcnn": 64, "made": 16}[cfg.arch]
+    if cfg.patch > max(H, W):
+        raise ValueError(f"--patch {cfg.patch}: is larger than the images, {H} x {W}")
+    if cfg.kernel % 2 == 0:
+        raise ValueError(f"--kernel {cfg.kernel}: must be odd")
     return cfg
 
 
 def to_levels(x, cfg, generator=None):
-    """x uint8 in {0..255} -> the levels that are modelled, int64: a draw of {0,1} with probability x / 255, or x itself."""
+    """x uint8 in {0..255} -> the levels that are modelled, int64. Binary ones are drawn: 1 with probability x / 255."""
     if cfg.output != "bernoulli":
         return x.long()
     return (torch.rand(x.shape, generator=generator).to(x.device) * 255 < x).long()
 
 
-def to_uint8(levels, cfg):
-    return (levels * (255 if cfg.output == "bernoulli" else 1)).byte().cpu()
+def to_pixels(levels, cfg):
+    """Levels -> uint8 in {0..255} on the CPU, as they are written to files."""
+    return (255 * levels if cfg.output == "bernoulli" else levels).byte().cpu()
 
 
-@torch.no_grad()
-def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
-    decay = (1 - 1 / (step + 1)) ** (1 / share)
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def train(model, ema, data, cfg, run):
-    """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
-    if cfg.output == "bernoulli" and cfg.binarize == "static":
-        data = data._replace(train=to_levels(data.train, cfg, torch.Generator().manual_seed(1)).byte() * 255)
+def train(data, cfg, run):
+    """Learning rate and average do not depend on when the run ends: it may be stopped, or continued, at any step."""
+    model = build(run.shape, run.classes, cfg).to(run.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    run.begin(parts)
+    parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     net = torch.compile(model) if cfg.compile else model
     model.train()
-    for step in run.steps():
+    for step in run.steps(parts, preview=lambda: generate(ema, 80, cfg, run)[0]):
         x, y = run.batch(data)
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
+        rise = (step + 1) / (cfg.warmup + 1)
+        fall = (cfg.decay / (step + 1)) ** 0.5
+        lr = cfg.lr * min(1, rise, fall)
+        optimizer.param_groups[0]["lr"] = lr
         with run.autocast():
             nats = -log_likelihood(net, to_levels(x, cfg), y, cfg).mean()
-        norm = run.update(nats / x[0].numel(), model, optimizer)
+        loss = nats / x[0].numel()  # nats a pixel
+        norm = run.update(loss, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
-        run.log(loss=nats / x[0].numel(), nats=nats, grad_norm=norm, lr=lr)
-        if run.step % cfg.save_every == 0:
-            run.save(parts)
-            run.show(generate(ema, 80, data.train.shape[1:], data.classes, cfg, run)[0])
-    run.save(parts)
-    run.check()
+        run.log(loss=loss, nats=nats, grad_norm=norm, lr=lr)
 
 
 @torch.no_grad()
-def evaluate(ema, data, cfg, run):
-    """-log p(x) over the whole test split, which is binarised once; exact: with labels, p(x) = sum_y p(y) p(x | y)."""
+def evaluate(model, data, cfg, run):
+    """The exact -log p(x) of the test images, binarised once. With labels, p(x) = sum_y p(x | y) / classes."""
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
-    total, given = 0.0, 0.0
-    for x, y in zip(*(a.split(at_once(test.shape[1:], LARGE)) for a in (test, data.test_labels)), strict=True):
-        logs = []
-        for label in range(max(data.classes, 1)):
-            run.check()
-            logs.append(log_likelihood(ema, x.to(run.device), torch.full_like(y, label).to(run.device), cfg).cpu().double())
-        total -= (torch.logsumexp(torch.stack(logs), 0) - math.log(len(logs))).sum().item()
-        given -= torch.stack(logs).gather(0, y[None]).sum().item()
-    n, dims = len(data.test), data.test[0].numel()
-    metrics = {"test_nats": total / n, "test_bpd": total / n / dims / math.log(2)}
-    return metrics | ({"test_nats_given_label": given / n} if data.classes else {})
+    size = at_once(run.shape, VALUES_AT_ONCE)
+    batches = list(zip(test.split(size), data.test_labels.split(size), strict=True))
+    classes = max(run.classes, 1)
+    nats = 0.0
+    nats_given_label = 0.0
+    for x, y in progress(batches, "evaluation"):
+        x = x.to(run.device)
+        labels = [torch.full_like(y, label, device=run.device) for label in range(classes)]
+        log_p = torch.stack([log_likelihood(model, x, label, cfg) for label in labels]).cpu().double()  # (classes, B)
+        nats -= (torch.logsumexp(log_p, 0) - math.log(classes)).sum().item()
+        nats_given_label -= log_p.gather(0, y[None]).sum().item()
+    metrics = {"test_nats": nats / len(test), "test_bpd": nats / test.numel() / math.log(2)}
+    if run.classes:
+        metrics["test_nats_given_label"] = nats_given_label / len(test)
+    return metrics
 
 
-def generate(ema, n, shape, classes, cfg, run):
-    """n images (n,C,H,W) uint8, labels (n,) and the passes used, from the averaged weights and the noise of --seed."""
+def generate(model, n, cfg, run):
+    """n images (n,C,H,W) uint8 from the noise of --seed, their labels (n,), and the passes or steps of a batch."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    labels = torch.arange(n) % max(classes, 1) if cfg.label is None else torch.full((n,), cfg.label)
-    images, passes = [], 0
-    for y in labels.split(at_once(shape, LARGE)):
-        run.check()
-        noise = torch.rand(len(y), *shape, generator=generator).to(run.device)
-        levels, used = sample(ema, y.to(run.device), noise, cfg)
-        images.append(to_uint8(levels, cfg))
+    labels = run.labels(n)
+    images = []
+    passes = 0
+    for y in progress(labels.split(at_once(run.shape, VALUES_AT_ONCE)), "sampling"):
+        noise = torch.rand(len(y), *run.shape, generator=generator).to(run.device)
+        levels, used = sample(model, y.to(run.device), noise, cfg)
+        images.append(to_pixels(levels, cfg))
         passes = max(passes, used)
     return torch.cat(images), labels, passes
 
 
-def show_completions(ema, data, cfg, run, each=4):
-    """complete.png: in a row a test image, the half of it that is given (the rest grey), and completions."""
-    generator = torch.Generator().manual_seed(cfg.seed)
-    x = to_levels(data.test[:16], cfg, torch.Generator().manual_seed(0)).to(run.device)  # binarised as in evaluation
-    y = data.test_labels[:16].to(run.device)
-    H, W = x.shape[2:]
-    known = {"top": np.s_[..., :H // 2, :], "bottom": np.s_[..., H - H // 2:, :], "left": np.s_[..., :W // 2],
-             "right": np.s_[..., W - W // 2:]}[cfg.complete]
-    given, half = torch.full_like(x, -1), torch.full_like(data.test[:16], 128)
-    given[known] = x[known]
-    half[known] = to_uint8(x, cfg)[known]
-    y, given = y.repeat_interleave(each), given.repeat_interleave(each, 0)
-    drawn, _ = sample(ema, y, torch.rand(given.shape, generator=generator).to(run.device), cfg, given)
-    rows = torch.cat([to_uint8(x, cfg)[:, None], half[:, None], to_uint8(drawn, cfg).unflatten(0, (-1, each))], 1)
-    save_grid(rows.flatten(0, 1), run.out / "complete.png", 2 * (each + 2))
+def show_completions(model, data, cfg, run, draws=4):
+    """complete.png: of 16 test images each, the half of it that is given (with the rest in grey), and 4 completions."""
+    x = to_levels(data.test[:16], cfg, torch.Generator().manual_seed(0))  # binarised as in evaluation
+    H, W = run.shape[1:]
+    row = torch.arange(H)[:, None]
+    column = torch.arange(W)
+    halves = {"top": row < H // 2, "bottom": row >= H - H // 2, "left": column < W // 2, "right": column >= W - W // 2}
+    known = halves[cfg.complete]
+    given = torch.where(known, x, -1).repeat_interleave(draws, 0).to(run.device)
+    y = data.test_labels[:16].repeat_interleave(draws).to(run.device)
+    noise = torch.rand(given.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(run.device)
+    completed, _ = sample(model, y, noise, cfg, given)
+    whole = to_pixels(x, cfg)[:, None]
+    half = torch.where(known, whole, 128)
+    grid = torch.cat([whole, half, to_pixels(completed, cfg).unflatten(0, (-1, draws))], 1).flatten(0, 1)
+    what = f"{len(x)} test images: each, its {cfg.complete} half that is given, {draws} completions"
+    save_grid(grid, run.folder / "complete.png", 2 * (2 + draws), what)
 
 
 # ======== plumbing, byte-identical in all six scripts (python tools/sync.py): nothing about the model is in it ========
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import gzip
@@ -649,192 +699,273 @@ import signal
 import sys
 import tarfile
 import time
-import urllib.request
+import zipfile
+from collections import Counter, namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args, get_origin
+from typing import get_args, get_origin
+from urllib.request import urlopen
 
 import torch.distributed as dist
 from PIL import ImageOps
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+SHA256 = {  # the first digits of each file's hash: of what an IDX file holds, of the archive itself
+    "mnist": dict(zip(IDX, "ba891046e6505d7a 65a50cbbf4e906d7 0fa7898d509279e4 ff7bcfd416de3373".split(), strict=True)),
+    "fashion_mnist": dict(zip(IDX, "c59f468a2f672dc8 bad3541b69d91243 5b4141f0afbad91e 0402a96d92fd2663".split(), strict=True)),
+    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"},
+}
 MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     "fashion_mnist": ("https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
                       "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
-SHA256 = {  # of the decompressed files, of the archive itself for cifar10
-    "mnist": {"train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-              "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-              "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-              "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"},
-    "fashion_mnist": {"train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-                      "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-                      "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-                      "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"},
-    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
-}
+TORCHVISION = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "cifar10": "."}  # its folders under --data-dir
 TIMEOUT = 20  # seconds a mirror may stay silent
+LOCKS = {}  # of the folders that this process writes to
+# images (N,C,H,W) uint8; labels (N,) int64; the names of the classes, () where all labels are 0; what else is to be said
+Data = namedtuple("Data", "train train_labels test test_labels names note", defaults=((), ""))
 
 
-class Data(NamedTuple):
-    """Images (N,C,H,W) uint8 and labels (N,) int64, which are all 0 where there are no classes."""
-
-    train: torch.Tensor
-    train_labels: torch.Tensor
-    test: torch.Tensor
-    test_labels: torch.Tensor
-    classes: int  # 0 where there are no labels
-
-
-def at_once(shape, values=3072):
-    """Images (C,H,W) to evaluate or sample at once, whatever --batch-size is: 250, fewer where they have more values."""
-    return max(min(250, 250 * values // math.prod(shape)), 1)
-
-
-def fail(message, code=2) -> NoReturn:
+def fail(message, code=2):
     print("error:", *message.split(), file=sys.stderr)  # one line, whatever an exception's text holds
     raise SystemExit(code)
 
 
+def progress(items=None, what=None, **more):
+    """A bar on a terminal, elsewhere a line a minute."""
+    bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    often = {"bar_format": bar} if sys.stderr.isatty() else {"bar_format": bar + "\n", "mininterval": 60, "delay": 60}
+    return tqdm(items, what, miniters=0, **often | more)
+
+
 def fetch(name, file, data_dir):
-    """The content of one file of a data set, checked by SHA-256: from --data-dir, Debian's folder or the first good mirror."""
-    folder, packed, tried = Path(data_dir) / name, file if file.endswith(".tar.gz") else f"{file}.gz", []
-    folders = [folder] + [Path("/usr/share/datasets/fashion-mnist")] * (name == "fashion_mnist")
-    places = [place / f for place in folders for f in dict.fromkeys((packed, file)) if (place / f).exists()]
-    for source in [*places, *(mirror + packed for mirror in MIRRORS[name])]:
+    """The content of one file of a data set, checked by SHA-256: from the disk, else from the first good mirror."""
+    packed = file.removesuffix(".gz") + ".gz"
+    target = Path(data_dir, name, packed).absolute()
+    folders = (target.parent, Path(data_dir, TORCHVISION[name]).absolute(), Path("/usr/share/datasets", name.replace("_", "-")))
+    disk = [(folder / f).as_uri() for folder in folders for f in (packed, file) if (folder / f).exists()]
+    tried = [f"{path} (a pickle is not read)" for folder in folders for path in folder.glob("cifar-10-python.tar.gz")]
+    for url in (*disk, *(mirror + packed for mirror in MIRRORS[name])):
         try:
-            if source in places:
-                raw = source.read_bytes()
-            else:
-                with (urllib.request.urlopen(source, timeout=TIMEOUT) as response,
-                      tqdm.wrapattr(response, "read", response.length, desc=packed, disable=None) as stream):
-                    raw = b"".join(iter(lambda: stream.read(1 << 16), b""))
-            content = gzip.decompress(raw) if str(source).endswith(f"{file}.gz") else raw
-            if hashlib.sha256(content).hexdigest() != SHA256[name][file]:
+            with urlopen(url, timeout=TIMEOUT) as f, tqdm.wrapattr(f, "read", desc=packed, disable=None) as stream:
+                raw = b"".join(iter(partial(stream.read, 1 << 16), b""))
+            content = gzip.decompress(raw) if url.endswith(f"{file}.gz") else raw
+            if not hashlib.sha256(content).hexdigest().startswith(SHA256[name][file]):
                 raise ValueError("wrong SHA-256")
-            if source not in places:
-                write(folder / packed, lambda f, raw=raw: f.write(raw))
+            if url not in disk:
+                write(target, lambda f, raw=raw: f.write(raw))
             return content
         except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
-            tried.append(f"{source} ({e or type(e).__name__})")
-    fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
+            tried.append(f"{url.removeprefix('file://')} ({e or type(e).__name__})")
+    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
 
 
-def load_folder(root, size):
-    """A folder of images, else its subfolders as classes; every tenth image by name is held out as the test split.
+def read_image(path, size=None, peak=None):
+    """An image file in mode L or RGB: upright, over white, of more than 8 bits divided by `peak`, cropped to size (W, H)."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":  # more than 8 bits
+        pixels = np.asarray(image, np.float64)
+        image = Image.fromarray((255 * pixels / (peak or pixels.max() or 1)).round().clip(0, 255).astype(np.uint8))
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert(mode)
+    return ImageOps.fit(image, size) if size else image
 
-    Grey only where all are grey, else RGB; transparency is laid over white. Each image is scaled to cover size x size, or
-    the commonest size where size is 0, and cropped at the centre. What cannot be read is named and skipped.
-    """
-    known, images, broken = Image.registered_extensions(), {}, []
-    for path in sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in known and p.is_file()):
+
+def load_folder(root, side):
+    """Images at any depth, in classes by the folder under the root, or under its train/ and test/ or val/ if it has both."""
+    known = Image.registered_extensions().keys() | {".heic", ".heif", ".avif", ".jxl"}  # some need a plug-in
+    files = sorted(Path(top, f).relative_to(root) for top, _, names in os.walk(root, followlinks=True) for f in names)
+    files = [f for f in files if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts)]
+    test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in files}), None)
+    unused = sum(f.parts[0] not in ("train", test) for f in files) if test else 0
+    files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]  # so that the first n are of all classes
+    files = sorted((f for f in files if not test or f.parts[0] in ("train", test)), key=lambda f: f.parts[0] == test)
+    sizes = Counter()
+    modes = set()
+    peak = 0
+    good = []
+    skipped = []
+    for f in progress(files, "looking at images"):
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits a pixel
-                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-                if "A" in image.getbands() or "transparency" in image.info:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-                images[path] = ImageOps.fit(image, (size, size)) if size else image
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            broken.append(f"{path} ({e})")
-    if broken:
-        print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
-    if len(images) < 2:
-        fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    folders = sorted({path.parent for path in images})
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
-    target = collections.Counter(image.size for image in images.values()).most_common(1)[0][0]
-    mode = "L" if all(image.mode == "L" for image in images.values()) else "RGB"
-    x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images.values()])
-    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
-    y = torch.tensor([folders.index(path.parent) for path in images])
-    mixed = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))  # so that the first n are of all classes
-    x, y, held = x[mixed], y[mixed], held[mixed]
-    return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
+            with Image.open(root / f) as image:
+                deep = image.mode[0] in "IF"
+                top = np.asarray(image).max() if deep else 0
+                if not np.isfinite(top):
+                    raise ValueError("pixels that are not finite")
+                peak = max(peak, top)
+                modes.add("L" if deep or image.mode in ("1", "L", "LA") else "RGB")
+                turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+                sizes[(side, side) if side else image.size[::-1] if turned else image.size] += 1
+                good.append(f)
+        except Exception as e:  # whatever a decoder raises
+            skipped.append(f"{root / f} ({e})")
+    size = max(sizes, key=sizes.get, default=(1, 1))  # the commonest
+    if max(size) > 128 and not side:
+        fail(f"--dataset {root}: images of {size[0]} x {size[1]} pixels are too large as they are; add --image-size 64")
+    mode = "RGB" if "RGB" in modes else "L"
+    x = np.empty((len(good), *size[::-1], 3 if mode == "RGB" else 1), np.uint8)
+    kept = []
+    for f in progress(good, "reading images"):
+        try:
+            x[len(kept)] = np.atleast_3d(read_image(root / f, size, peak).convert(mode))
+            kept.append(f)
+        except Exception as e:
+            skipped.append(f"{root / f} ({e})")
+    if skipped:
+        named = " ".join("; ".join(skipped[:10]).split()) + "; ..." * (len(skipped) > 10)
+        print(f"skipped {len(skipped)} images that cannot be read: {named}", file=sys.stderr)
+    n = sum(f.parts[0] == test for f in kept) if test else -(-len(kept) // 10)
+    if not 0 < n < len(kept):
+        fail(f"--dataset {root}: {len(kept)} readable images, {n} of them to test on; at least 2 are needed, 1 to test on")
+    folders = ["".join(f.parts[bool(test):-1][:1]) for f in kept]
+    names = sorted(set(folders)) if all(folders) and len(set(folders)) > 1 else []
+    y = torch.tensor([names.index(folder) if names else 0 for folder in folders])
+    x = torch.from_numpy(x[:len(kept)]).permute(0, 3, 1, 2)
+    odd = {"skipped": len(skipped), "of another size, cropped": len(good) - sizes[size], "in other folders, not used": unused}
+    note = "".join(f"; {count} {what}" for what, count in odd.items() if count)
+    return Data(x[:-n], y[:-n], x[-n:], y[-n:], tuple(names), note)
 
 
-def load_data(name, data_dir, image_size=0) -> Data:
+def load_data(name, data_dir, image_size=0):
     """digits, mnist, fashion_mnist, cifar10 or a folder of images, whole in memory."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        digits, order = load_digits(), np.random.RandomState(0).permutation(1797)
-        x, y = np.round(digits.images[order, None] * 255 / 16).astype(np.uint8), digits.target[order]
-        parts = x[297:], y[297:], x[:297], y[:297]
+        digits = load_digits()
+        order = np.random.RandomState(0).permutation(1797)
+        x = np.round(digits.images[order, None] * 255 / 16).astype(np.uint8)
+        y = digits.target[order]
+        parts = (x[297:], y[297:], x[:297], y[:297])
     elif name in ("mnist", "fashion_mnist"):
-        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in SHA256[name]]
-        parts = [r[8:] if i % 2 else r[16:].reshape(-1, 1, 28, 28) for i, r in enumerate(raw)]
+        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in IDX]
+        parts = [part[8:] if i % 2 else part[16:].reshape(-1, 1, 28, 28) for i, part in enumerate(raw)]
     elif name == "cifar10":
         archive = tarfile.open(fileobj=io.BytesIO(fetch(name, "cifar-10-binary.tar.gz", data_dir)))
         files = sorted(f for f in archive.getnames() if f.endswith(".bin"))  # data_batch_1 to 5, test_batch
         rows = np.frombuffer(b"".join(archive.extractfile(f).read() for f in files), np.uint8).reshape(-1, 3073)
-        x, y = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
-        parts = x[:50_000], y[:50_000], x[50_000:], y[50_000:]
-    elif Path(name).is_dir():
+        x = rows[:, 1:].reshape(-1, 3, 32, 32)
+        parts = (x[:50_000], rows[:50_000, 0], x[50_000:], rows[50_000:, 0])
+    elif name and Path(name).is_dir():
         return load_folder(Path(name), image_size)
     else:
         fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
-    x, y, x_test, y_test = (torch.tensor(p) for p in parts)
-    if image_size and x.shape[-2:] != (image_size, image_size):
+    x, y, x_test, y_test = map(torch.tensor, parts)
+    if image_size and x.shape[2:] != (image_size, image_size):
         x, x_test = (F.interpolate(part, (image_size, image_size), mode="bilinear", antialias=True) for part in (x, x_test))
-    return Data(x, y.long(), x_test, y_test.long(), 10)
+    return Data(x, y.long(), x_test, y_test.long(), tuple("0123456789"))
 
 
-def parse_args(config_class, argv=None):
-    """The command line built from the dataclass: a flag a field, its comment as help -> the config, the names given.
+def checked(kind, comment):
+    """text -> value of a flag, within the bound that its comment names."""
+    bound = re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comment)
+    sign, low, high = bound.groups() if bound else (None, None, None)
+    most = float(high or (2**31 - 1 if kind is int else np.finfo(np.float32).max))
 
-    A bound in the comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2.
+    def convert(text):
+        value = os.path.expanduser(text) if kind is str else kind(text)
+        if bound and not (float(low) <= value <= most and (sign != ">" or value > float(low))):
+            raise argparse.ArgumentTypeError(f"{text}: must be {sign or 'from'} {low}, at most {most:.10g}: {comment}")
+        return value
+
+    convert.__name__ = kind.__name__  # what argparse calls it
+    return convert
+
+
+def parse_args(argv=None):
+    """The command line -> the config, and the checkpoint that the run goes on from, {} for a new one.
+
+    A field of Config is a flag, its comment the help; a comment of its own begins a group. What no flag says is taken from the
+    checkpoint, from which only fields of a group "free to change" may differ.
     """
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--flag value] ...", allow_abbrev=False,
+                                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100))
     parser.error = lambda message: fail(f"{message} (--help lists every flag)")
-    for field in dataclasses.fields(config_class):
-        kind, origin = (*get_args(field.type), field.type)[0], get_origin(field.type)
-        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                   {"choices": get_args(field.type)} if origin is Literal else
-                   {"type": kind, "metavar": kind.__name__, "nargs": "+" if origin is tuple else None})
-        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    for name, value in given.items():
-        if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
-            sign, low, high = bound[1], float(bound[2]), float(bound[3] or sys.float_info.max)
-            for v in value if isinstance(value, tuple) else (value,):
-                if not low <= v <= high or sign == ">" and v == low:
-                    parser.error(f"argument --{name.replace('_', '-')}: {v}: must be {bound[0][1:-1]}")
-    return config_class(**given), set(given)
+    for heading, name, comment in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M):
+        if heading:
+            section = parser.add_argument_group(heading)
+            continue
+        groups[name] = section.title
+        field = Config.__dataclass_fields__[name]
+        kind = (*get_args(field.type), field.type)[0]  # int of int | None and of tuple[int, ...]
+        origin = get_origin(field.type)
+        if origin is Literal:
+            options = {"choices": get_args(field.type)}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            count = None if origin is not tuple else "+" if Ellipsis in get_args(field.type) else len(get_args(field.type))
+            options = {"type": checked(kind, comment), "metavar": kind.__name__, "nargs": count}
+        text = f"{comment} [{field.default}]".replace("%", "%%")
+        section.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=text, **options)
+
+    def parse():
+        values = vars(parser.parse_args(argv))
+        return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    cfg = parse()
+    saved = {}
+    cfg.out = cfg.out or f"runs/{Path(__file__).stem}-{Path(cfg.dataset).resolve().name}"
+    path = Path(cfg.out, "checkpoint.pt")
+    if cfg.mode != "train" or cfg.resume and path.exists():
+        old, saved = read_run(cfg.out)
+        budget = {"steps": None, "minutes": None} if cfg.steps or cfg.minutes else {}  # a new one replaces the old one
+        parser.set_defaults(**vars(old) | budget | {"mode": "train", "resume": False, "overwrite": False, "out": cfg.out})
+        cfg = parse()
+        for name, value in vars(old).items():
+            if getattr(cfg, name) != value and "free to change" not in groups[name]:
+                fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {path} has {value}")
+    elif not cfg.overwrite and path.parent.is_dir() and any(f.suffix != ".part" for f in path.parent.iterdir()):
+        fail(f"--out {cfg.out}: is not empty; --resume continues a run from its checkpoint.pt, --overwrite replaces it")
+    elif cfg.resume:
+        print(f"--resume: there is no {path} yet, so the run starts")
+    if not cfg.steps and not cfg.minutes:
+        cfg.steps = 2000
+    return cfg, saved
 
 
-def set_up(cfg):
-    """The device, this process's rank and the number of processes (torchrun's); kernels.mode from --kernels."""
-    rank, local, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    kind = there[0] if cfg.device == "auto" else cfg.device
-    if kind not in there:
-        fail(f"--device {kind}: not available here, there is {', '.join(there)}")
-    if cfg.batch_size % world:
-        fail(f"--batch-size {cfg.batch_size}: cannot be split over {world} processes")
-    mode = os.environ.get("M2_KERNELS", "auto") if cfg.kernels == "auto" else cfg.kernels
+def read_run(folder):
+    """The config and the checkpoint of the run in a folder; what is damaged, not finite or not of this script is refused."""
+    path = Path(folder, "checkpoint.pt")
+    script = Path(__file__).stem
     try:
-        import kernels
-        runs, why = kernels.available(kind)  # PyPI's unrelated package of this name has none
-        kernels.mode = mode
-    except (ImportError, AttributeError):
-        runs, why = False, "the folder kernels/ is not beside this script"
-    if mode not in ("auto", "torch", "triton") or mode == "triton" and not runs:
-        fail(f"--kernels {mode}: {why if mode == 'triton' else 'M2_KERNELS must be auto, torch or triton'}")
-    if world > 1 and not dist.is_initialized():
-        torch.cuda.set_device(local) if kind == "cuda" else None
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return torch.device(f"cuda:{local}" if kind == "cuda" else kind), rank, world
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that a file may hold
+        if not isinstance(saved, dict):
+            raise ValueError("weights alone")
+        if (saved["format"], saved["script"]) != (2, script):
+            raise ValueError(f"is of {saved['script']}.py in format {saved['format']}, not of {script}.py in format 2")
+        if fields := saved["config"].keys() ^ {field.name for field in dataclasses.fields(Config)}:
+            raise ValueError(f"of another version, whose config differs in {', '.join(sorted(fields))}")
+        if not all(torch.as_tensor(v).isfinite().all() for v in tree_leaves(saved) if isinstance(v, (float, torch.Tensor))):
+            raise ValueError("holds numbers that are not finite")
+        _ = saved["facts"], saved["step"], saved["seconds"], saved["log_size"]  # KeyError where one is missing
+        return Config(**saved["config"]), saved
+    except Exception as e:  # whatever a missing, damaged or hostile file raises
+        fail(f"{path}: is not a checkpoint to go on from: {type(e).__name__}: {(str(e) or '-').splitlines()[0][:200]}")
 
 
-def write(path, save):
+def restore(parts, saved, folder):
+    """Load each named part of a checkpoint; one that is missing, or of other shapes, is named."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+            for p, state in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                if {key: v.shape for key, v in state.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                    raise ValueError("Adam's moments are not there or of other shapes")  # PyTorch does not look
+        except Exception as e:
+            fail(f"{Path(folder, 'checkpoint.pt')}: its {name} does not fit: {e!r}")
+
+
+def write(path, save, what=None):
     """save(file) under a temporary name, flushed to disk, then renamed: at any moment path is whole, old or new."""
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
     try:
@@ -849,14 +980,34 @@ def write(path, save):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+    if what:
+        print(f"{path}: {what}")
 
 
-def save_grid(images, path, columns):
+def save_grid(images, path, columns=10, what=None):
     """Images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged."""
+    columns = min(columns, len(images))
     rows = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, -len(images) % columns)).unflatten(0, (-1, columns))
     grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)  # (rows*(H+2), columns*(W+2)[, C])
     image = ImageOps.scale(Image.fromarray(grid.numpy()), max(1, 56 // max(images.shape[2:])), Image.NEAREST)
-    write(path, lambda f: image.save(f, "png"))
+    write(path, lambda f: image.save(f, "png"), what)
+
+
+def to_uint8(x):
+    """[-1,1] -> {0..255} on the CPU"""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, whatever --batch-size is: 250, fewer where they have more values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, share):
+    """Average the weights by the power profile of Karras et al. 2024, eq. 127; share is their 1 / (gamma + 1)."""
+    decay = (1 - 1 / (step + 1)) ** (1 / share)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 @lru_cache(maxsize=4)
@@ -864,113 +1015,225 @@ def shuffle(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
+def deaf(call):
+    """call(), whose failure ends nothing: the training outlives whoever reads what it prints."""
+    def attempt(*args):
+        with contextlib.suppress(OSError, RuntimeError):  # the second: a signal's words within others
+            return call(*args)
+    return attempt
+
+
+def on_signal(number, frame):
+    """A stop signal ends the program: in training after the step under way, else at once. A second one always at once."""
+    if Run.signal == number or Run.signal and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun adds a SIGTERM of its own
+        os._exit(128 + number)
+    Run.signal = Run.signal or number
+    if not Run.stepping:
+        fail(f"stopped by {signal.Signals(number).name}; --resume continues {Run.out}", 128 + number)
+    print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
+
+
+def launch(main):
+    """main() as a program: stop signals are heard, and what the machine refuses (files, memory, kernels) is one line."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.write = deaf(stream.write)
+        stream.flush = deaf(stream.flush)
+    Run.signal = 0
+    Run.stepping = False
+    Run.out = "the run"
+    numbers = {n for n in signal.valid_signals() if n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))}
+    before = {n: signal.signal(n, on_signal) for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        main()
+        if Run.signal:  # its exception was lost in a library
+            sys.exit(128 + Run.signal)
+    except OSError as e:
+        fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
+    except (MemoryError, RuntimeError) as e:
+        if "kernels.mode" in str(e):
+            fail(f"--kernels triton: {e}" if "is 'triton'" in str(e) else str(e))
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not re.search("allocate memory|overflowed", str(e)):
+            raise
+        fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        while LOCKS:
+            os.close(LOCKS.popitem()[1])
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 class Run:
-    """One run: its directory, checkpoint, log, progress bar, budget and stop signals. Only rank 0 writes.
+    """A run's folder, clock, log and processes. What is random in a step follows from (seed, step, rank) alone."""
 
-    Everything random in a step follows from (seed, step, rank), so that the step stands for all states of generators.
-    """
+    signal = 0  # the stop signal that has come
+    stepping = False  # whether it waits for the end of a step
+    out = "the run"
 
-    def __init__(self, cfg, given, free):
-        self.cfg, self.script, self.signal, self.saved = cfg, Path(__file__).stem, 0, {}
-        cfg.out = cfg.out or f"runs/{self.script}-{Path(cfg.dataset).name}"
-        self.out, self.path, self.metrics = Path(cfg.out), Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / "metrics.jsonl"
-        if cfg.resume or cfg.mode != "train":
-            self.load()
-            given = given | {"mode", "out", "resume", "overwrite"}
-            given |= {"steps", "minutes"} if {"steps", "minutes"} & given else set()
-            for name, value in self.saved["config"].items():
-                if name not in given:
-                    setattr(cfg, name, value)
-                elif name not in free and getattr(cfg, name) != value:
-                    fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {self.path} has {value}")
-        elif self.out.is_dir() and any(self.out.iterdir()) and not cfg.overwrite:
-            fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
-        self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
-        self.device, self.rank, self.world = set_up(cfg)
-        self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
-        dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
-        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=cfg.amp != "off")
-
-    def load(self):
+    def __init__(self, cfg, saved):
+        self.cfg = cfg
+        self.saved = saved
+        self.sums = Counter()
+        self.out = Run.out = Path(cfg.out)
+        self.folder = self.out / "sampled" if cfg.mode == "sample" else self.out  # of results
+        self.step, self.seconds, self.log_size = (saved.get(name, 0) for name in ("step", "seconds", "log_size"))
+        vars(self).update(saved.get("facts", {}))  # shape, classes, names and train_images of the data
+        self.rank, local, self.world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        kind = there[0] if cfg.device == "auto" else cfg.device
+        if kind not in there:
+            fail(f"--device {kind}: not available here, there is {', '.join(there)}")
+        if cfg.batch_size % self.world:
+            fail(f"--batch-size {cfg.batch_size}: cannot be split over {self.world} processes")
+        mode = os.environ.get("M2_KERNELS", "auto") if cfg.kernels == "auto" else cfg.kernels
         try:
-            saved = self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            fail(f"--out {self.out}: there is no checkpoint.pt in it")
-        except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
-            fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
-            fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
-        if saved["script"] != self.script:
-            fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
-        if fields := saved["config"].keys() ^ {f.name for f in dataclasses.fields(self.cfg)}:
-            fail(f"{self.path}: of another version, whose config differs in {', '.join(sorted(fields))}")
+            import kernels
+            kernels.choose(mode, kind)
+        except (ImportError, AttributeError):  # PyPI has an unrelated package of this name
+            if mode == "triton":
+                fail("--kernels triton: the folder kernels/ is not beside this script")
+        self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        if self.world > 1 and not dist.is_initialized():
+            if kind == "cuda":
+                torch.cuda.set_device(local)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
+        self.autocast = partial(torch.autocast, kind, dtype, enabled=cfg.amp != "off")
+        self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
+        self.lock()
+        torch.manual_seed(cfg.seed)  # of the weights that the networks start from
 
-    def describe(self, data):
-        """Note what the data is; a checkpoint of other data is refused."""
-        self.facts = {"shape": list(data.train.shape[1:]), "classes": data.classes, "train_images": len(data.train)}
-        if self.saved and self.saved["facts"] != self.facts:
-            fail(f"--dataset {self.cfg.dataset}: is {self.facts}, the run in {self.path} had {self.saved['facts']}")
+    def lock(self):
+        """Refuse a folder that another process writes to."""
+        if self.rank == 0 and self.out.is_dir() and self.out not in LOCKS:
+            try:
+                LOCKS[self.out] = os.open(self.out, os.O_RDONLY)
+                import fcntl
+                fcntl.flock(LOCKS[self.out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--out {self.out}: another process is writing to it")
+            except (ImportError, OSError):  # Windows, or a file system without locks
+                pass
 
-    def restore(self, parts):
-        """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name, part in parts.items() if self.saved else ():
-            if name not in self.saved:
-                fail(f"{self.path}: holds no {name}")
-            part.load_state_dict(self.saved[name])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+    def describe(self, data, labels=True):
+        """Say what the data is, which must be the checkpoint's -> data, cut as --no-labels and --eval-images want it."""
+        if not labels:
+            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, names=())
+        facts = {"shape": list(data.train.shape[1:]), "classes": len(data.names), "names": list(data.names)}
+        facts["train_images"] = len(data.train)
+        if self.saved and self.saved["facts"] != facts:
+            fail(f"--dataset {self.cfg.dataset}: is {facts}, the run in {self.out} had {self.saved['facts']}")
+        self.facts = facts
+        vars(self).update(facts)
+        self.labels(1)
+        total = len(data.test)
+        n = min(self.cfg.eval_images or total, total)
+        self.tested = f"{f'the first {n} of' if n < total else 'all'} {total} test images"
+        if self.rank == 0:
+            names = f"{len(data.names)} classes: {', '.join(data.names[:20])}{', ...' * (len(data.names) > 20)}"
+            print(f"{self.cfg.dataset}: {len(data.train)} images to train on, {total} to test on, of "
+                  f"{' x '.join(map(str, self.shape))}; {names if data.names else 'no classes'}{data.note}")
+        return data._replace(test=data.test[:n], test_labels=data.test_labels[:n])
+
+    def labels(self, n):
+        """The classes (n,) to sample: all in turn, or --label by its name or number."""
+        label = getattr(self.cfg, "label", None)
+        if label is None:
+            return torch.arange(n) % max(self.classes, 1)
+        known = self.names + [str(i) for i in range(self.classes)]
+        if label not in known:
+            fail(f"--label {label}: the model knows {self.classes} classes: {', '.join(self.names)}")
+        return torch.full((n,), known.index(label) % self.classes)
 
     def begin(self, parts):
-        """Restore, lay out the directory and save once: what cannot be written is found before any training."""
-        self.restore(parts | {"scaler": self.scaler})
+        """Restore the parts, or start from --init; save; only then clear away what is not of this run."""
+        if self.saved:
+            restore(parts, self.saved, self.out)
+        elif self.cfg.init:
+            _, other = read_run(self.cfg.init)
+            for name, net in ((name, part) for name, part in parts.items() if isinstance(part, nn.Module)):
+                theirs = other.get(f"ema_{name.removeprefix('ema_')}") or other.get(name, {})  # averaged, where it is
+                ours = net.state_dict()
+                fits = {key: value for key, value in theirs.items() if key in ours and ours[key].shape == value.shape}
+                net.load_state_dict(fits, strict=False)
+                odd = sorted((ours.keys() | theirs.keys()) - fits.keys())
+                print(f"--init {self.cfg.init}: {name}" + f", but for what does not fit: {', '.join(odd)}" * bool(odd))
         if self.rank == 0:
-            lines = [m for m in self.read_metrics() if m["step"] <= self.step and "final" not in m] if self.saved else []
-            for old in () if self.saved else self.out.glob("samples/step_*.png"):
-                old.unlink()
-            write(self.metrics, lambda f: f.write("".join(json.dumps(m) + "\n" for m in lines).encode()))
-            write(self.out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(self.cfg), indent=1).encode()))
-        self.save(parts)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.save(parts)  # what cannot be written is found before any training
+            done = f"{self.step:012d}" if self.saved else ""
+            late = [f for f in self.out.glob("samples/step_*.png") if f.stem[5:].zfill(12) > done]
+            for path in (*late, *self.out.glob("*.[0-9]*.part"), *self.out.glob("s*/*.[0-9]*.part")):
+                path.unlink()
+            with open(self.out / "metrics.jsonl", "ab") as f:  # lines beyond the checkpoint are written again
+                f.truncate(min(f.tell(), self.log_size))
+            write(self.out / "config.json", lambda f: f.write(json.dumps(vars(self.cfg) | self.facts, indent=1).encode()))
+            print(f"{self.out}: settings in config.json, a line every {self.cfg.log_every} steps in metrics.jsonl, "
+                  f"checkpoint.pt and samples.png every {self.cfg.save_every}")
+            if self.step >= (self.cfg.steps or math.inf):
+                print(f"step {self.step}: --steps {self.cfg.steps} leaves nothing to train")
+        self.saved = None
+        self.start = time.monotonic() - self.seconds
 
     def save(self, parts):
         if self.rank == 0:
-            state = {name: part.state_dict() for name, part in (parts | {"scaler": self.scaler}).items()}
-            state |= {"format": 1, "script": self.script, "config": dataclasses.asdict(self.cfg), "facts": self.facts,
-                      "step": self.step, "seconds": self.seconds}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"format": 2, "script": Path(__file__).stem, "config": vars(self.cfg), "facts": self.facts}
+            state |= {name: getattr(self, name) for name in ("step", "seconds", "log_size")}
             torch.save(state, buffer := io.BytesIO())
-            write(self.path, lambda f: f.write(buffer.getbuffer()))
+            write(self.out / "checkpoint.pt", lambda f: f.write(buffer.getbuffer()))
 
-    def on_signal(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
+    def steps(self, parts, preview, until=math.inf):
+        """Yield step after step until --steps, --minutes, `until` or a stop signal; self.step counts the one under way as done.
 
-    def check(self):
-        """Exit if a stop signal has come; called between the batches of evaluation and sampling."""
-        if self.signal:
-            fail(f"stopped by {signal.Signals(self.signal).name}; --resume continues {self.out}", 128 + self.signal)
-
-    def steps(self):
-        """Yield step after step until --steps, --minutes or a stop signal; self.step counts the one under way as done."""
-        start, minutes, steps = time.monotonic() - self.seconds, self.cfg.minutes or math.inf, self.cfg.steps or math.inf
-        form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
-        with tqdm(total=100, disable=self.rank > 0 or None, desc=self.script, bar_format=form) as self.bar:
+        Parts are restored before and saved meanwhile; after a save preview() -> images (N,C,H,W) uint8 is the newest grid.
+        """
+        parts = parts | {"scaler": self.scaler}
+        if self.saved is not None:
+            self.begin(parts)
+        last = self.step
+        Run.stepping = True
+        with progress(what=Path(__file__).stem, total=100, disable=self.rank > 0) as self.bar:
             while True:
-                self.seconds = time.monotonic() - start
+                state = torch.tensor([time.monotonic() - self.start, Run.signal], dtype=torch.float64)
                 if self.world > 1:  # all processes stop at the same step
-                    state = torch.tensor([self.seconds, self.signal], device=self.device)
+                    state = state.to(self.device)
                     dist.all_reduce(state, dist.ReduceOp.MAX)
-                    self.seconds, self.signal = state[0].item(), int(state[1])
-                progress = max(self.step / steps, self.seconds / (60 * minutes))
-                self.bar.update(100 * min(progress, 1) - self.bar.n)
-                if self.signal or progress >= 1:
-                    return
+                self.seconds = state[0].item()
+                number = int(state[1])
+                done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
+                self.bar.update(100 * min(done, 1) - self.bar.n)
+                self.over = number > 0 or done >= 1
+                if self.over or self.step >= until:
+                    break
                 torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]))
                 self.step += 1
                 yield self.step - 1
+                if self.step % self.cfg.save_every == 0:
+                    self.save(parts)
+                    last = self.step
+                    if self.rank == 0 and not Run.signal:
+                        Run.stepping = self.world > 1  # one process need not wait for the grid
+                        images = preview()
+                        save_grid(images, self.out / f"samples/step_{self.step:06d}.png")
+                        save_grid(images, self.out / "samples.png")
+                        Run.stepping = True
+        if last < self.step:
+            self.save(parts)
+        Run.stepping = False
+        if number := number or Run.signal:
+            fail(f"stopped by {signal.Signals(number).name}; --resume continues {self.out}", 128 + number)
 
     def batch(self, data):
         """This process's share of the step's images and labels: the next of an endless row of shuffles of the data."""
-        n, B = len(data.train), self.cfg.batch_size
+        n = len(data.train)
+        B = self.cfg.batch_size
         at = torch.arange(self.rank, B, self.world) + (self.step - 1) * B
         index = torch.cat([shuffle(n, self.cfg.seed, e)[at[at // n == e] % n] for e in (at // n).unique().tolist()])
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
@@ -988,9 +1251,10 @@ class Run:
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
         if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
-            bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
-            fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
-                 f"checkpoint, a smaller {rate} may help", 1)
+            bad = next((f"first bad gradient that of {name}" for name, grad in grads.items() if not grad.isfinite().all()),
+                       f"gradient norm {norm.item()}, though each gradient is finite")
+            fail(f"step {self.step}: loss {loss.item()}, {bad}; {self.out / 'checkpoint.pt'} is the last good checkpoint, "
+                 f"a smaller {rate} may help", 1)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -998,119 +1262,92 @@ class Run:
 
     def log(self, **metrics):
         """Average metrics, the loss among them, into a line of metrics.jsonl every --log-every steps."""
+        if self.sums.keys() - {"count"} != metrics.keys():  # another stage of training
+            self.sums.clear()
         self.sums.update({name: torch.as_tensor(value).detach() for name, value in metrics.items()} | {"count": 1})
         if self.step % self.cfg.log_every == 0:
             means = {name: float(total) / self.sums["count"] for name, total in self.sums.items() if name != "count"}
             self.sums.clear()
             self.write_metrics(**means)
-            self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
+            rate = self.step / max(self.seconds, 1e-9)
+            self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {rate:.1f} steps/s", refresh=False)
 
-    def read_metrics(self):
-        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
-        lines = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+    def write_metrics(self, final=False, **metrics):
+        """Append a line to metrics.jsonl. What is not finite becomes null, and ends the program where it is a test figure."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        line = {"step": self.step, "seconds": round(self.seconds, 3)} | metrics | dict.fromkeys(bad)
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path if self.rank == 0 else os.devnull, "a+b") as f:
+                f.seek(max(f.tell() - 1, 0))
+                torn = f.read() not in (b"", b"\n")  # the last line was cut short
+                f.write(b"\n" * torn + json.dumps(line | {"final": True} if final else line).encode() + b"\n")
+                self.log_size = f.tell()
+        except OSError as e:
+            fail(f"cannot write {path}: {e.strerror or e}", 1)
+        if final and bad:
+            fail(f"test figures that are not finite: {', '.join(bad)}", 1)
 
-    def write_metrics(self, **metrics):
-        if self.rank == 0:
-            try:
-                with open(self.metrics, "a") as f:
-                    f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
-            except OSError as e:
-                fail(f"cannot write {self.metrics}: {e.strerror or e}", 1)
-
-    def show(self, images):
-        """The newest grid: samples.png, and samples/ under its step."""
-        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
-            save_grid(images, self.out / name, 10)
-
-    def curves(self):
-        """Every metric against the step, as curves.png."""
-        if self.rank == 0:
-            from matplotlib.figure import Figure
-
-            lines = self.read_metrics()
-            names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
-            figure = Figure((4 * max(len(names), 1), 3), layout="tight")
-            for i, name in enumerate(names):
-                axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
-                axis.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
-            write(self.out / "curves.png", lambda f: figure.savefig(f, format="png"))
-
-
-def launch(main):
-    """main(), with what the machine refuses (files, memory, kernels) said in one line."""
-    try:
-        main()
-    except OSError as e:
-        fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
-    except (MemoryError, RuntimeError) as e:
-        if "kernels.mode is 'triton'" in str(e):
-            fail(f"--kernels triton: {e}")
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
-            raise
-        fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def write_samples(self, images, labels=None, how=""):
+        """samples.npz: images uint8 (N,H,W,C) and labels (N,); samples.png: a grid of the first 80."""
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if self.classes else {})
+        what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (self.classes > 0)}{how}"
+        write(self.folder / "samples.npz", lambda f: np.savez_compressed(f, **arrays), what)
+        save_grid(images[:80], self.folder / "samples.png", what=f"the first {min(len(images), 80)} of them")
 
 
 # ======== end of the plumbing ========================================================================================
 
 
-def main(argv=None):
-    cfg, given = parse_args(Config, argv)
-    if cfg.steps is None and cfg.minutes is None:
-        cfg.steps = 2000
-    run = Run(cfg, given, FREE)
-    if cfg.mode != "sample" or cfg.complete != "no":
-        data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
-        if not cfg.labels:
-            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, classes=0)
-        run.describe(data)
-    (C, H, W), classes = run.facts["shape"], run.facts["classes"]
-    if cfg.mask_only and cfg.arch != "pixelcnn":
-        fail("--mask-only: is of --arch pixelcnn")
-    if cfg.kernel < 3 or cfg.kernel % 2 == 0:
-        fail(f"--kernel {cfg.kernel}: must be odd and at least 3")
-    if cfg.label is not None and cfg.label >= classes:
-        fail(f"--label {cfg.label}: the model knows {classes} classes")
-    torch.manual_seed(cfg.seed)
+def build(shape, classes, cfg):
+    """The network for images of shape (C,H,W), with the weights that --seed draws."""
+    C, H, W = shape
     try:
         choose(cfg, H, W)
-        model = Autoregressive(C * cfg.patch**2, -(-H // cfg.patch), -(-W // cfg.patch), classes, cfg)
+        model = Autoregressive(C * cfg.patch**2, math.ceil(H / cfg.patch), math.ceil(W / cfg.patch), classes, cfg)
     except ValueError as e:
         fail(str(e))
-    model = model.to(run.device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)
+
+
+def load(folder, device="cpu"):
+    """The averaged network of a run, ready to sample, and its config. In three lines:
+
+    model, cfg = autoregressive.load("runs/autoregressive-digits")
+    levels, _ = autoregressive.sample(model, torch.arange(10), torch.rand(10, 1, 8, 8), cfg)  # labels, noise
+    autoregressive.save_grid(autoregressive.to_pixels(levels, cfg), "samples.png")
+    """
+    cfg, saved = read_run(folder)
+    model = build(saved["facts"]["shape"], saved["facts"]["classes"], cfg)
+    restore({"ema_model": model}, saved, folder)
+    return model.to(device).eval().requires_grad_(False), cfg
+
+
+def main(argv=None):
+    cfg, saved = parse_args(argv)
+    run = Run(cfg, saved)
+    if cfg.mode != "sample" or cfg.complete != "no":
+        data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)
     if cfg.mode == "train":
-        train(model, ema, data, cfg, run)
-        run.curves()
-    else:
-        run.restore({"ema": ema})
+        train(data, cfg, run)
     if run.rank > 0:
         return
+    model, _ = load(cfg.out, run.device)  # what was saved is what is evaluated
     if cfg.mode != "sample":
-        metrics = evaluate(ema, data, cfg, run)
-        run.write_metrics(final=True, **metrics)
-        kind = f"{cfg.binarize}ally binarised, the test split once with seed 0" if cfg.output == "bernoulli" else "8 bits"
-        print(f"test nll {metrics['test_nats']:.3f} nats, {metrics['test_bpd']:.4f} bits/dim (exact, all {len(data.test)} test "
-              f"images, {kind}{', the mean of p(x | y) over the classes' * ('test_nats_given_label' in metrics)})")
+        found = evaluate(model, data, cfg, run)
+        run.write_metrics(final=True, **found)
+        kind = "binarised with seed 0" if cfg.output == "bernoulli" else "8 bits"
+        print(f"test nll {found['test_nats']:.3f} nats, {found['test_bpd']:.4f} bits/dim (exact, {run.tested}, {kind})")
+        if run.classes:
+            given = found["test_nats_given_label"]
+            print(f"This is the mean of p(x | y) over the classes. Given the label it is {given:.3f} nats.")
     if cfg.mode != "eval":
         start = time.monotonic()
-        images, labels, passes = generate(ema, cfg.num_samples, (C, H, W), classes, cfg, run)
-        seconds = time.monotonic() - start
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if classes else {})
-        write(run.out / "samples.npz", lambda f: np.savez_compressed(f, **arrays))
-        save_grid(images[:80], run.out / "samples.png", 10)
-        unit = "steps" if cfg.sampler == "cached" else "passes"
-        print(f"{len(images)} samples in {seconds:.2f} s ({cfg.sampler}: {passes} {unit} for {C * H * W} pixels), "
-              f"in {run.out / 'samples.npz'}, the first in {run.out / 'samples.png'}")
+        images, labels, passes = generate(model, cfg.num_samples, cfg, run)
+        how = f"{passes} {'steps' if cfg.sampler == 'cached' else 'passes'} for {math.prod(run.shape)} pixels"
+        run.write_samples(images, labels, f" in {time.monotonic() - start:.2f} s ({cfg.sampler}: {how})")
     if cfg.complete != "no":
-        show_completions(ema, data, cfg, run)
-    run.check()
+        show_completions(model, data, cfg, run)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""Variational autoencoders: p(x) = int p(x | z) p(z) dz, trained by a lower bound with an encoder q(z | x).
+"""Variational autoencoders: p(x) = int p(x | z) p(z) dz, trained by a lower bound on log p(x).
 
-The weakness: Gaussians are chosen for p(z) and q(z | x) because they are convenient, and they are too simple. The codes of
-the data do not fill a Gaussian, and the true posterior is not one; both cost likelihood. The remedies shown here, all on
-one bound: a prior that is learned (a normalizing flow, or a mixture of posteriors: VampPrior), a posterior that is bent by
-an inverse autoregressive flow, and a Markov chain of latents, each the prior of the next: p(z_L) prod p(z_l | z_l+1).
-diffusion.py is the limit of that chain: ever more levels, each of the size of x, and q no longer learned but fixed to add
-Gaussian noise, so that the KL of every level is a squared error and no level can collapse.
+A decoder p(x | z) makes an image of a latent z, an encoder q(z | x) proposes the z of an image. The
+bound is what the decoder explains, less the nats by which q departs from the prior p(z).
+The weakness: Gaussians are chosen for p(z) and q(z | x) because they are convenient, and they are
+too simple. The codes of the data do not fill a Gaussian, and the true posterior is not one. Both
+cost likelihood. The remedies shown here, all on one bound: a prior that is learned (a normalizing
+flow, or a mixture of posteriors: VampPrior), a posterior that is bent by an inverse autoregressive
+flow, and a Markov chain of latents, each the prior of the next: p(z_L) prod p(z_l | z_l+1).
+diffusion.py is the limit of that chain: ever more levels, each of the size of x, and q no longer
+learned but fixed to add Gaussian noise. The KL of every level is then a squared error.
 
-Papers: VAE (Kingma and Welling 2014), IWAE (Burda 2016), ladder VAE (Sonderby 2016), IAF and free bits (Kingma 2016),
-RealNVP (Dinh 2017), VampPrior (Tomczak and Welling 2018), residual posterior (Vahdat and Kautz 2020).
-  evidence lower bound ..................... infer, elbo             VAE eq. 3
-  chain of latents, shared top-down ........ infer, Level            ladder VAE eqs. 1 to 3, NVAE sec. 3.2
-  importance-weighted bound ................ log_weights, iw_bound   IWAE eq. 8
-  flow prior, VampPrior .................... log_prior               RealNVP eqs. 2 to 4, VampPrior eq. 9
-  inverse autoregressive flow .............. IAFStep                 IAF eqs. 9 to 15
+Papers: VAE (Kingma and Welling 2014), IWAE (Burda 2016), ladder VAE (Sonderby 2016), IAF and free
+bits (Kingma 2016), RealNVP (Dinh 2017), VampPrior (Tomczak and Welling 2018), NVAE (Vahdat 2020).
+  evidence lower bound ............. infer, elbo_terms       VAE eq. 3
+  chain of latents, from the top ... infer, Level            ladder VAE eqs. 1 to 3, NVAE sec. 3.2
+  importance-weighted bound ........ log_weights, iw_bound   IWAE eq. 8
+  flow prior, VampPrior ............ log_prior, Coupling     RealNVP eqs. 3 to 5, VampPrior eq. 9
+  inverse autoregressive flow ...... IAFStep                 IAF eqs. 9 to 15
 
-  python vae.py                                                           # digits
-  python vae.py --dataset mnist --minutes 10 --prior flow                 # MNIST, dynamically binarised, on two CPU cores
-  python vae.py --dataset mnist --minutes 10 --levels 2 --iw-samples 1000 --out runs/vae-chain
-The second gives log p(x) >= -82.7 nats on two Zen 5 cores, a Gaussian prior -88.0. All results: docs/vae.md
+  python vae.py                                              # digits, on any machine
+  python vae.py --dataset mnist --minutes 10                 # log p(x): -88 nats, two CPU cores
+  python vae.py --dataset mnist --minutes 10 --prior flow    # log p(x): -82.7 nats
 """
 
 import copy
@@ -37,34 +39,62 @@ try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch 
 except ImportError:
     def affine_coupling(x, params, split, reverse=False, s_max=2.0):
         raw, shift = params.to(x.dtype).chunk(2, 1)
-        log_s, (kept, x) = s_max * torch.tanh(raw / s_max), (x[:, :split], x[:, split:])
-        y = (x - shift) * torch.exp(-log_s) if reverse else x * torch.exp(log_s) + shift
-        return torch.cat([kept, y], 1), (-log_s if reverse else log_s).sum(1)
+        kept, moved = x.tensor_split((split,), 1)
+        log_s = s_max * torch.tanh(raw / s_max)  # within (-2, 2): both directions stay finite
+        moved = (moved - shift) * torch.exp(-log_s) if reverse else moved * torch.exp(log_s) + shift
+        return torch.cat([kept, moved], 1), (-log_s if reverse else log_s).sum(1)
 
 try:
     from kernels.logistic_mixture import logistic_mixture
 except ImportError:
     def logistic_mixture(x, params):
-        logits, means, log_scales = params.unflatten(1, (3, -1)).unbind(1)  # (B, M, H, W)
-        x, inv = x / 127.5 - 1, torch.exp(-log_scales.clamp(min=-7))
-        upper = torch.where(x > 0.999, math.inf, (x - means + 1 / 255) * inv)  # the last bins are open
-        lower = torch.where(x < -0.999, -math.inf, (x - means - 1 / 255) * inv)
+        logits, means, log_scales = params.unflatten(1, (3, -1)).unbind(1)  # (B,M,H,W)
+        x = x / 127.5 - 1
+        inv_s = torch.exp(-log_scales.clamp(min=-7))
+        upper = torch.where(x > 0.999, math.inf, (x - means + 1 / 255) * inv_s)  # the last bins are open
+        lower = torch.where(x < -0.999, -math.inf, (x - means - 1 / 255) * inv_s)
         log_p = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
         return torch.logsumexp(log_p + torch.log_softmax(logits, 1), 1)
 
 
 @dataclass
 class Config:
-    # the core, the same in all six scripts
-    mode: Literal["train", "eval", "sample"] = "train"  # train (evaluates and samples at the end), eval or sample alone
+    # model
+    levels: int = 1  # latents in the Markov chain: the top one a vector, those below it maps (1 to 100)
+    prior: Literal["gaussian", "flow", "vamp"] = "gaussian"  # p(z_L), the prior of the top latent
+    posterior: Literal["gaussian", "iaf"] = "gaussian"  # q(z_L | x), the posterior of the top latent
+    z_dim: int = 40  # dimensions of the top latent (1 to 65536)
+    z_channels: int = 4  # channels of the latents below it (1 to 4096)
+    flow_steps: int = 4  # couplings of the flow prior, and steps of IAF (1 to 1000)
+    flow_hidden: int = 128  # hidden units of each of those couplings and steps (1 to 16384)
+    pseudo_inputs: int = 100  # learned images whose posteriors make the VampPrior (1 to 65536)
+    likelihood: Literal["auto", "bernoulli", "mixture"] = "auto"  # 1-bit or 8-bit pixels; auto: 1-bit for digits, mnist
+    mixtures: int = 5  # logistics for each 8-bit pixel (1 to 1000)
+    patch: int | None = None  # pixels a side that make one position, by default 4, below 16 pixels a side 2 (1 to 1024)
+    width: int = 32  # channels of encoder and decoder (1 to 16384)
+    blocks: int | None = None  # residual blocks a level, up and down, by default 1, in a chain 2 (1 to 100)
+    # training
+    beta: float = 1.0  # weight of the KL (0 to 1000000)
+    kl_warmup: int = 1000  # steps in which that weight rises from 0 to --beta (>= 0)
+    free_nats: float = 0.0  # nats of KL a level that cost nothing, the free bits of the IAF paper (0 to 1000000)
+    warmup: int = 100  # steps in which the learning rate rises from 0 to --lr (>= 0)
+    decay: int = 2000  # step from which on the learning rate falls as 1 / sqrt(step) (> 0)
+    # evaluation and sampling, free to change on a trained model
+    iw_samples: int = 100  # importance samples an image; the bound is given for 1, 10, 100 ... of them (1 to 1000000)
+    temperature: float = 1.0  # factor on the standard deviation of latents that are sampled (> 0 to 1000)
+    # core, the same in all six scripts
     dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
-    data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
-    image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (>= 0)
-    steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
-    minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
-    batch_size: int = 100  # images a step, over all processes (> 0)
+    image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (0 to 4096)
+    batch_size: int = 100  # images a step, over all processes (1 to 65536)
     lr: float = 2e-3  # learning rate of Adam (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
+    ema: float = 0.15  # share of the run so far over which the weights are averaged, not a decay rate (> 0 to 0.5)
+    init: str | None = None  # start from the weights of the run in this folder, of the same script and network
+    # core, free to change on a trained model
+    mode: Literal["train", "eval", "sample"] = "train"  # train (evaluates and samples at the end), eval or sample alone
+    data_dir: str = "data"  # folder where data sets are looked for, and downloaded to
+    steps: int | None = None  # optimizer steps, 2000 where --minutes is not given either (> 0)
+    minutes: float | None = None  # stop by the clock after this many minutes of training (> 0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision
     compile: bool = False  # torch.compile the network
@@ -73,42 +103,233 @@ class Config:
     resume: bool = False  # continue the run in --out from its last checkpoint
     overwrite: bool = False  # start anew in an --out that holds a run already
     num_samples: int = 80  # images to write to samples.npz (> 0)
-    ema: float = 0.15  # share of the run so far over which the weights are averaged that are evaluated and sampled (> 0)
+    eval_images: int = 0  # evaluate on the first so many test images, 0: on all (>= 0)
     log_every: int = 50  # steps between lines of metrics.jsonl (> 0)
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
-    # the model
-    likelihood: Literal["bernoulli", "mixture"] = "bernoulli"  # of binarised, or of 8-bit pixels
-    binarize: Literal["dynamic", "static"] = "dynamic"  # draw the binary training images anew each step, or once
-    levels: int = 1  # latents in the Markov chain: the top one a vector, those below maps (> 0)
-    prior: Literal["gaussian", "flow", "vamp"] = "gaussian"  # of the top latent
-    posterior: Literal["gaussian", "iaf"] = "gaussian"  # of the top latent
-    z_dim: int = 40  # dimensions of the top latent (> 0)
-    z_channels: int = 4  # channels of the latents below (> 0)
-    patch: int = 0  # pixels a side folded into channels at the door; 0: 2 below 16 pixels, else 4 (>= 0)
-    width: int = 32  # channels of encoder and decoder (> 0)
-    blocks: int = 0  # residual blocks a level, up and down; 0: 1, in a chain 2 (>= 0)
-    hidden: int = 128  # units of the networks in the flow prior and in IAF (> 0)
-    flow_steps: int = 4  # couplings of the flow prior, steps of IAF (> 0)
-    pseudo_inputs: int = 100  # components of the VampPrior (> 0)
-    mixtures: int = 5  # logistics in --likelihood mixture (> 0)
-    beta: float = 1.0  # weight of the KL in training (>= 0)
-    kl_warmup: int = 1000  # steps in which that weight rises from 0 (>= 0)
-    free_bits: float = 0.0  # nats of KL a level that cost nothing in training (>= 0)
-    warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
-    decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
-    # evaluation and sampling: free to change on a trained model
-    iw_samples: int = 100  # importance samples of the test bound; those of every power of ten up to it are given too (> 0)
-    temperature: float = 1.0  # of the latents drawn for samples, times their standard deviation (> 0)
 
 
-# ---- the model
+# ---- the bound. What it asks of the network: x goes up on the left, the latents come down on the right.
+#
+#   e = model.encode(x)               z_L      prior: log_prior(model, z_L)   posterior: model.top(e_L)
+#   e_L, a vector for z_L              |       h = model.down[L - 1](z_L)
+#   e_L-1, a map for z_L-1            z_L-1    prior: level.prior(h)          posterior: level.posterior(h, e_L-1, ...)
+#    :                                 :
+#   e_1, a map for z_1                z_1      model.decode(z_1) gives the parameters of p(x | z_1)
+#
+# These lists start at the bottom: item l - 1 of e, model.down and model.lower_levels belongs to z_l. Draws, and the KLs
+# of the levels, start at the top, in the order in which they are made.
 
+
+def draw(mu, logvar, temperature=1.0):
+    return mu + temperature * torch.exp(logvar / 2) * torch.randn_like(mu)
+
+
+def log_normal(z, mu, logvar, start=1):
+    """log N(z; mu, exp(logvar)), summed over the dimensions from `start` on."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 * torch.exp(-logvar)).flatten(start).sum(start)
+
+
+def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
+    """KL(q || p) of diagonal Gaussians, summed over all dimensions but the batch."""
+    ratio = torch.exp(logvar_q - logvar_p) + (mu_q - mu_p) ** 2 * torch.exp(-logvar_p)
+    return 0.5 * (ratio - 1 - (logvar_q - logvar_p)).flatten(1).sum(1)  # VAE appendix B, for any Gaussian prior
+
+
+def log_prob(params, x, likelihood):
+    """log p(x | z_1), pixels independent. params (B,C,K,H,W), x (B,C,H,W) in {0,1} or {0..255} -> (B,)."""
+    if likelihood == "mixture":
+        log_p = logistic_mixture(x.flatten(0, 1)[:, None].float(), params.flatten(0, 1))  # PixelCNN++ eq. 2
+        return log_p.unflatten(0, x.shape[:2]).sum((1, 2, 3))
+    return F.logsigmoid((2 * x - 1) * params[:, :, 0]).sum((1, 2, 3))
+
+
+def pixel_mean(params, likelihood):
+    """E[x | z_1], (B,C,H,W) scaled to [-1,1]."""
+    if likelihood == "mixture":
+        logits, means, log_scales = params.unflatten(2, (3, -1)).unbind(2)
+        s = torch.exp(log_scales.clamp(min=-7))
+        # A logistic X clipped to [-1,1] has the mean -1 + int_-1^1 P(X > t) dt; P(X > t) = sigmoid((mean - t) / s).
+        clipped = s * (F.softplus((means + 1) / s) - F.softplus((means - 1) / s)) - 1
+        return (torch.softmax(logits, 2) * clipped).sum(2)
+    return 2 * torch.sigmoid(params[:, :, 0]) - 1
+
+
+class Draw(NamedTuple):
+    """One level of the chain, drawn from its posterior."""
+    z: torch.Tensor
+    shift: torch.Tensor  # where x moves the Gaussian's mean, to count active units: (mu_q - mu_p) / sigma_p; at the top mu
+    log_q: torch.Tensor  # log q(z_l | z_l+1, x), (B,)
+    log_p: torch.Tensor  # log p(z_l | z_l+1), (B,)
+    kl: torch.Tensor  # KL(q || p), (B,), in closed form where both are Gaussian, else log q - log p at this z
+
+
+def draw_top(model, e):
+    """z_L ~ q(z_L | x), a Gaussian that IAF may bend. e is e_L."""
+    mu, logvar, context = model.top(e)
+    z = draw(mu, logvar)
+    log_q = log_normal(z, mu, logvar)
+    for step in model.iaf:
+        z, log_det = step(z, context)
+        log_q = log_q - log_det  # change of variables
+    log_p = log_prior(model, z)
+    kl = log_q - log_p  # an estimate, by this z
+    if model.pseudo is None and not model.flow and not model.iaf:  # q is Gaussian, and p is N(0, 1)
+        kl = gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(mu))
+    return Draw(z, mu, log_q, log_p, kl)
+
+
+def infer(model, e):
+    """All latents, drawn down the chain given e = model.encode(x) -> parameters of p(x | z_1), and a Draw a level."""
+    draws = [draw_top(model, e[-1])]
+    z = draws[0].z
+    for level in range(len(e) - 1, 0, -1):  # z_l ~ q(z_l | z_l+1, x)
+        h = model.down[level](z)  # the one for z_l+1
+        mu_p, logvar_p = model.lower_levels[level - 1].prior(h)
+        mu_q, logvar_q, shift = model.lower_levels[level - 1].posterior(h, e[level - 1], mu_p, logvar_p)
+        z = draw(mu_q, logvar_q)
+        log_q = log_normal(z, mu_q, logvar_q)
+        log_p = log_normal(z, mu_p, logvar_p)
+        kl = gaussian_kl(mu_q, logvar_q, mu_p, logvar_p)
+        draws.append(Draw(z, shift, log_q, log_p, kl))
+    return model.decode(z), draws
+
+
+def scale(model, x):
+    """x in {0,1} or {0..255}, as the likelihood has it -> [-1,1], what the network sees."""
+    return 2 * x.to(model.stem.weight.dtype, memory_format=torch.channels_last) / model.max_level - 1
+
+
+def elbo_terms(model, x, cfg):
+    """log p(x | z_1) (B,), and the KL of each level (L,B). VAE eq. 3: the bound is the first less the others."""
+    params, draws = infer(model, model.encode(scale(model, x)))
+    return log_prob(params, x, cfg.likelihood), torch.stack([d.kl for d in draws])
+
+
+def loss(model, x, cfg, kl_weight=1.0):
+    """What is minimised: -ELBO, with the KLs weighted and with free bits, in nats an image. Then the ELBO's terms."""
+    log_px, kls = elbo_terms(model, x, cfg)
+    kl = kls.mean(1)  # (L,)
+    if cfg.free_nats > 0:
+        kl = kl.clamp(min=cfg.free_nats)  # free bits (IAF paper): what lies below costs nothing more
+    return kl_weight * kl.sum() - log_px.mean(), log_px, kls
+
+
+def log_weights(model, x, k, cfg, e=None):
+    """k draws of log p(x, z) - log q(z | x), (B,k). e is model.encode(scale(model, x)), where that is known already."""
+    e = model.encode(scale(model, x)) if e is None else e
+    params, draws = infer(model, [e_l.repeat_interleave(k, 0) for e_l in e])
+    log_w = log_prob(params, x.repeat_interleave(k, 0), cfg.likelihood) + sum(d.log_p - d.log_q for d in draws)
+    return log_w.view(len(x), k)
+
+
+def iw_bound(log_w, k):
+    """The bound of k importance samples on log p(x), a mean over all groups of k. log_w (B,n) -> (B,)."""
+    groups = log_w[:, :log_w.shape[1] // k * k].unflatten(1, (-1, k))
+    return (torch.logsumexp(groups, 2) - math.log(k)).mean(1)  # IWAE eq. 8
+
+
+def descend(model, z, temperature=1.0):
+    """From z_L down the chain, each z_l drawn from its prior -> parameters of p(x | z_1)."""
+    for level in range(len(model.lower_levels), 0, -1):  # z_l ~ p(z_l | z_l+1)
+        h = model.down[level](z)
+        mu, logvar = model.lower_levels[level - 1].prior(h)
+        z = draw(mu, logvar, temperature)
+    return model.decode(z)
+
+
+def sample(model, n, cfg):
+    """n images (n,C,H,W) in [-1,1]: the latents are drawn from the prior, the pixels are the means of p(x | z_1)."""
+    z = sample_prior(model, n, cfg.temperature)
+    return pixel_mean(descend(model, z, cfg.temperature), cfg.likelihood)
+
+
+# ---- the remedies at the top of the chain: a learned prior p(z_L), a posterior q(z_L | x) bent by IAF
+
+def log_prior(model, z):
+    """log p(z_L). z (B,z_dim) -> (B,)."""
+    if model.pseudo is not None:  # VampPrior eq. 9, a mixture of Gaussians
+        mu, logvar = vamp_components(model)
+        log_p = log_normal(z[:, None], mu, logvar, start=2)  # (B,pseudo_inputs)
+        return torch.logsumexp(log_p, 1) - math.log(len(mu))
+    total = 0
+    for step in model.flow:  # from z to noise u, RealNVP eq. 3: log p(z) = log N(u; 0, 1) + log |det du/dz|
+        z, log_det = step(z)
+        total = total + log_det
+    return total + log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
+
+
+def sample_prior(model, n, temperature=1.0):
+    """n draws of z_L, (n,z_dim)."""
+    if model.pseudo is not None:
+        mu, logvar = vamp_components(model)
+        pick = torch.randint(len(mu), (n,), device=mu.device)
+        return draw(mu[pick], logvar[pick], temperature)
+    z = temperature * torch.randn(n, model.z_dim, device=model.stem.weight.device)
+    for step in reversed(model.flow):
+        z = step.inverse(z)
+    return z
+
+
+def vamp_components(model):
+    """mu, logvar (pseudo_inputs,z_dim) of the VampPrior: the posteriors of images in [0,1] that are learned."""
+    mu, logvar, _ = model.top(model.encode(2 * model.pseudo.clamp(0, 1) - 1)[-1])
+    return mu, logvar
+
+
+class Coupling(nn.Module):
+    """One step of the flow prior, from z towards noise: z (B,D) -> (B,D) and log |det|, (B,). Half of z stays."""
+
+    def __init__(self, D, hidden):
+        super().__init__()
+        self.split = D // 2
+        self.net = nn.Sequential(nn.Linear(self.split, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                 zero(nn.Linear(hidden, 2 * (D - self.split))))
+
+    def forward(self, z):
+        z = z.flip(1)  # so that each step changes what the last one kept
+        return affine_coupling(z, self.net(z[:, :self.split]), self.split)
+
+    def inverse(self, u):
+        z, _ = affine_coupling(u, self.net(u[:, :self.split]), self.split, reverse=True)
+        return z.flip(1)
+
+
+class IAFStep(nn.Module):
+    """z' = sigma z + (1 - sigma) m, where m_i and sigma_i see the z before place i, and the context of the encoder."""
+
+    def __init__(self, D, hidden, context_dim):
+        super().__init__()
+        self.first = nn.Linear(D, hidden)
+        self.context = nn.Linear(context_dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, 2 * D)
+        # Masks as in MADE, places counted from 0: a hidden unit of degree m sees the places up to m, output i sees the
+        # units of degrees below i. Units of degree -1 see the context alone: they are all that output 0 sees.
+        place = torch.arange(D)
+        degree = torch.arange(hidden) % D - 1
+        self.register_buffer("mask_in", (degree[:, None] >= place).float(), persistent=False)
+        self.register_buffer("mask_out", (place[:, None] > degree).float().repeat(2, 1), persistent=False)
+
+    def forward(self, z, context):
+        """z (B,D) -> (B,D) and log |det|, (B,)."""
+        z = z.flip(1)  # so that what came last, and saw all others, comes first
+        h = F.elu(F.linear(z, self.first.weight * self.mask_in, self.first.bias) + self.context(context))
+        m, s = F.linear(h, self.out.weight * self.mask_out, self.out.bias).to(z.dtype).chunk(2, 1)
+        log_sigma = F.logsigmoid(s + 2)  # a bias as for a forget gate: sigma begins at about 0.88, near the identity
+        return m + torch.exp(log_sigma) * (z - m), log_sigma.sum(1)
+
+
+# ---- the networks
 
 def zero(module):
     """Start a residual branch, a correction or a coupling at zero."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def bounded(logvar):
+    """Within (-6, 6), so that no exp overflows: of a log-variance, standard deviations from 0.05 to 20."""
+    return 6 * torch.tanh(logvar / 6)
 
 
 class ResBlock(nn.Module):
@@ -133,9 +354,10 @@ class Spread(nn.Linear):
 
 
 class Level(nn.Module):
-    """p(z_l | z_l+1) and q(z_l | z_l+1, x), Gaussian maps. The posterior is a correction to the prior: zero means no news.
+    """p(z_l | z_l+1) and q(z_l | z_l+1, x), Gaussian maps. The posterior corrects the prior: zero means no news.
 
-    Their parameters, as all that log-likelihoods are made of here, are in float32 at least, whatever --amp.
+    h (B,width,H',W') is what the decoder makes of z_l+1, e (B,width,H',W') what the encoder makes of x for this level.
+    Whatever --amp is, mu and logvar are as precise as the weights, as all log-likelihoods are made of them.
     """
 
     def __init__(self, width, z_channels):
@@ -144,18 +366,16 @@ class Level(nn.Module):
         self.q = zero(nn.Conv2d(2 * width, 2 * z_channels, 1))
 
     def prior(self, h):
-        """h (B,width,H',W'), from z_l+1 -> mu, logvar (B,z_channels,H',W')."""
+        """mu, logvar (B,z_channels,H',W')."""
         mu, logvar = self.p(h).to(self.p.weight.dtype).chunk(2, 1)
         return mu, bounded(logvar)
 
-    def posterior(self, p, h, e):
-        """The same from p = prior(h) and e (B,width,H',W'), of x; what it adds to mu, in standard deviations of the prior."""
+    def posterior(self, h, e, mu_p, logvar_p):
+        """mu and logvar, from those of the prior, and the shift of mu in standard deviations of the prior."""
         shift, d_logvar = self.q(torch.cat([h, e], 1)).to(self.q.weight.dtype).chunk(2, 1)
-        return p[0] + torch.exp(p[1] / 2) * shift, p[1] + bounded(d_logvar), shift
-
-
-def bounded(logvar):
-    return 6 * torch.tanh(logvar / 6)
+        mu_q = mu_p + torch.exp(logvar_p / 2) * shift  # NVAE sec. 3.2
+        logvar_q = logvar_p + bounded(d_logvar)
+        return mu_q, logvar_q, shift
 
 
 class VAE(nn.Module):
@@ -163,358 +383,181 @@ class VAE(nn.Module):
 
     def __init__(self, channels, H, W, cfg):
         super().__init__()
-        if cfg.prior == "flow" and cfg.z_dim < 2:
-            raise ValueError(f"--z-dim {cfg.z_dim}: a flow prior needs at least 2")
-        self.patch, self.size, L, w = cfg.patch, (H, W), cfg.levels, cfg.width
-        rows, columns = -(-H // cfg.patch), -(-W // cfg.patch)
-        self.white, K = (1, 1) if cfg.likelihood == "bernoulli" else (255, 3 * cfg.mixtures)
-        self.shape = channels, K
-        self.stem = nn.Conv2d(channels * cfg.patch**2, w, 1)
-        self.up = nn.ModuleList(nn.Sequential(*(ResBlock(w) for _ in range(cfg.blocks))) for _ in range(L))
-        context = cfg.hidden if cfg.posterior == "iaf" else 0
-        self.to_top = nn.Linear(w * rows * columns, 2 * cfg.z_dim + context)
-        entries = [*(nn.Conv2d(cfg.z_channels, w, 1) for _ in range(L - 1)), Spread(cfg.z_dim, w, rows, columns)]
-        self.down = nn.ModuleList(nn.Sequential(entry, *(ResBlock(w) for _ in range(cfg.blocks))) for entry in entries)
-        self.below = nn.ModuleList(Level(w, cfg.z_channels) for _ in range(L - 1))  # z_1 ... z_L-1
-        self.out = nn.Conv2d(w, channels * K * cfg.patch**2, 1)
-        self.z_dim, steps = cfg.z_dim, range(cfg.flow_steps)
-        self.flow = nn.ModuleList(Coupling(cfg.z_dim, cfg.hidden) for _ in steps if cfg.prior == "flow")
-        self.iaf = nn.ModuleList(IAFStep(cfg.z_dim, cfg.hidden, cfg.hidden) for _ in steps if cfg.posterior == "iaf")
+        width = cfg.width
+        grid = math.ceil(H / cfg.patch), math.ceil(W / cfg.patch)  # H', W'
+        self.patch = cfg.patch
+        self.size = H, W
+        self.z_dim = cfg.z_dim
+        binary = cfg.likelihood == "bernoulli"
+        self.max_level = 1 if binary else 255  # the value of a white pixel
+        self.K = 1 if binary else 3 * cfg.mixtures  # parameters of a pixel: a logit, or logits, means and log-scales
+        context_dim = cfg.flow_hidden if cfg.posterior == "iaf" else 0
+
+        def blocks():
+            return [ResBlock(width) for _ in range(cfg.blocks)]
+        self.stem = nn.Conv2d(channels * cfg.patch**2, width, 1)
+        self.up = nn.ModuleList(nn.Sequential(*blocks()) for _ in range(cfg.levels))  # to e_1, to e_2 ...
+        self.to_top = nn.Linear(width * math.prod(grid), 2 * cfg.z_dim + context_dim)
+        entries = [nn.Conv2d(cfg.z_channels, width, 1) for _ in range(cfg.levels - 1)]
+        entries.append(Spread(cfg.z_dim, width, *grid))
+        self.down = nn.ModuleList(nn.Sequential(entry, *blocks(), nn.ReLU()) for entry in entries)  # for z_1 ... z_L
+        self.lower_levels = nn.ModuleList(Level(width, cfg.z_channels) for _ in range(cfg.levels - 1))  # z_1 ... z_L-1
+        self.out = nn.Conv2d(width, channels * self.K * cfg.patch**2, 1)
+        n_flow = cfg.flow_steps if cfg.prior == "flow" else 0
+        n_iaf = cfg.flow_steps if cfg.posterior == "iaf" else 0
+        self.flow = nn.ModuleList(Coupling(cfg.z_dim, cfg.flow_hidden) for _ in range(n_flow))
+        self.iaf = nn.ModuleList(IAFStep(cfg.z_dim, cfg.flow_hidden, context_dim) for _ in range(n_iaf))
         self.pseudo = nn.Parameter(torch.rand(cfg.pseudo_inputs, channels, H, W)) if cfg.prior == "vamp" else None
 
     def encode(self, x):
-        """x (B,C,H,W) in [-1,1] -> what q is told of x at each level: e_1 ... e_L-1 (B,width,H',W'), at the top a vector."""
+        """x (B,C,H,W) in [-1,1] -> e_1 ... e_L, what posteriors are told of x: maps (B,width,H',W'), last a vector."""
         H, W = self.size
-        e = [self.stem(F.pixel_unshuffle(F.pad(x, (0, -W % self.patch, 0, -H % self.patch)), self.patch))]
-        for block in self.up:
-            e.append(block(e[-1]))
-        return [*e[1:-1], self.to_top(F.relu(e[-1]).permute(0, 2, 3, 1).flatten(1))]
+        x = F.pad(x, (0, -W % self.patch, 0, -H % self.patch))  # mid-grey, to whole patches
+        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        e = []
+        for blocks in self.up:
+            h = blocks(h)
+            e.append(h)
+        e[-1] = self.to_top(F.relu(h).permute(0, 2, 3, 1).flatten(1))
+        return e
 
     def top(self, e):
-        """mu, logvar (B,z_dim) of q(z_L | x), and what IAF is told of x (B,hidden), from e_L."""
+        """mu, logvar (B,z_dim) of q(z_L | x), and the context (B,flow_hidden) for IAF, (B,0) without. e is e_L."""
         mu, logvar, context = e.to(self.stem.weight.dtype).tensor_split((self.z_dim, 2 * self.z_dim), 1)
         return mu, bounded(logvar), context
 
     def decode(self, z):
         """z_1 -> parameters of p(x | z_1), (B,C,K,H,W)."""
         H, W = self.size
-        params = self.out(F.relu(self.down[0](z))).to(self.out.weight.dtype)
-        return F.pixel_shuffle(params, self.patch)[..., :H, :W].unflatten(1, self.shape)
-
-
-# ---- the maths
-
-
-def draw(mu, logvar, temperature=1.0):
-    return mu + temperature * torch.exp(logvar / 2) * torch.randn_like(mu)
-
-
-def log_normal(z, mu, logvar):
-    """log N(z; mu, exp(logvar)), summed over all but the batch."""
-    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 * torch.exp(-logvar)).flatten(1).sum(1)
-
-
-def gaussian_kl(mu_q, logvar_q, mu_p, logvar_p):
-    """KL(q || p) of diagonal Gaussians, summed over all but the batch."""
-    ratio = torch.exp(logvar_q - logvar_p) + (mu_q - mu_p) ** 2 * torch.exp(-logvar_p)
-    return 0.5 * (ratio - 1 - (logvar_q - logvar_p)).flatten(1).sum(1)
-
-
-def log_prob(params, x, likelihood):
-    """log p(x | z_1), pixels independent. params (B,C,K,H,W), x (B,C,H,W) in {0,1} or {0..255} -> (B,)."""
-    if likelihood == "bernoulli":
-        return F.logsigmoid((2 * x - 1) * params[:, :, 0]).sum((1, 2, 3))
-    log_p = logistic_mixture(x.flatten(0, 1)[:, None].float(), params.flatten(0, 1))
-    return log_p.unflatten(0, x.shape[:2]).sum((1, 2, 3))
-
-
-def components(model):
-    """mu, logvar (K,z_dim) of the VampPrior: the posteriors of K images that are learned."""
-    return model.top(model.encode(2 * model.pseudo.clamp(0, 1) - 1)[-1])[:2]
-
-
-def log_prior(model, z):
-    """log p(z_L). z (B,z_dim) -> (B,)."""
-    if model.pseudo is not None:  # a mixture of K Gaussians
-        mu, logvar = components(model)
-        log_p = -0.5 * (math.log(2 * math.pi) + logvar + (z[:, None] - mu) ** 2 * torch.exp(-logvar)).sum(2)  # (B,K)
-        return torch.logsumexp(log_p, 1) - math.log(len(mu))
-    total = 0
-    for step in model.flow:  # change of variables: u = f(z), p(z) = N(u) |du/dz|
-        z, log_det = step(z)
-        total = total + log_det
-    return total + log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
-
-
-class Draw(NamedTuple):
-    """A level of the chain, drawn from the posterior; log q, log p and KL(q || p) are (B,)."""
-
-    z: torch.Tensor
-    shift: torch.Tensor  # what x adds to the mean, in standard deviations of the prior
-    log_q: torch.Tensor
-    log_p: torch.Tensor
-    kl: torch.Tensor  # in closed form where both are Gaussian, else log q - log p at this z
-
-
-def infer(model, e):
-    """z_L ~ q(z_L | x), z_l ~ q(z_l | z_l+1, x) down the chain, from e = model.encode(x) -> parameters of p(x | z_1), Draws."""
-    mu, logvar, context = model.top(e[-1])
-    z = draw(mu, logvar)
-    log_q = log_normal(z, mu, logvar)
-    for step in model.iaf:
-        z, log_det = step(z, context)
-        log_q = log_q - log_det
-    log_p = log_prior(model, z)
-    plain = model.pseudo is None and not len(model.flow) and not len(model.iaf)
-    zeros = torch.zeros_like(mu)
-    draws = [Draw(z, mu, log_q, log_p, gaussian_kl(mu, logvar, zeros, zeros) if plain else log_q - log_p)]
-    for level, down, e_l in reversed(list(zip(model.below, model.down[1:], e[:-1], strict=True))):
-        h = F.relu(down(z))
-        p = level.prior(h)
-        *q, shift = level.posterior(p, h, e_l)
-        z = draw(*q)
-        draws.append(Draw(z, shift, log_normal(z, *q), log_normal(z, *p), gaussian_kl(*q, *p)))
-    return model.decode(z), draws
-
-
-def scale(model, x):
-    return 2 * x.to(model.stem.weight.dtype, memory_format=torch.channels_last) / model.white - 1  # [-1,1]
-
-
-def elbo(model, x, cfg):
-    """log p(x | z_1) (B,) and the levels' KLs (L,B) from the top down: the bound is the first less the sum of the others."""
-    params, draws = infer(model, model.encode(scale(model, x)))
-    return log_prob(params, x, cfg.likelihood), torch.stack([d.kl for d in draws])
-
-
-def loss(model, x, cfg, weight=1.0):
-    """What is minimised, a mean over the batch: -ELBO with the KLs weighted, and none of a level under --free-bits."""
-    log_px, kls = elbo(model, x, cfg)
-    return weight * kls.mean(1).clamp(min=cfg.free_bits or -math.inf).sum() - log_px.mean(), log_px, kls
-
-
-def sample_prior(model, n, temperature=1.0):
-    """n draws of z_L (n,z_dim)."""
-    if model.pseudo is not None:
-        mu, logvar = components(model)
-        pick = torch.randint(len(mu), (n,), device=mu.device)
-        return draw(mu[pick], logvar[pick], temperature)
-    z = temperature * torch.randn(n, model.z_dim, device=model.stem.weight.device)
-    for step in reversed(model.flow):
-        z = step.inverse(z)
-    return z
-
-
-def descend(model, z, temperature=1.0):
-    """From z_L down the chain, each level drawn from its prior: -> parameters of p(x | z_1)."""
-    for level, down in reversed(list(zip(model.below, model.down[1:], strict=True))):
-        z = draw(*level.prior(F.relu(down(z))), temperature)
-    return model.decode(z)
-
-
-def mean(params, likelihood):
-    """E[x | z_1], (B,C,H,W) in [0,1]."""
-    if likelihood == "bernoulli":
-        return torch.sigmoid(params[:, :, 0])
-    logits, means, log_scales = params.unflatten(2, (3, -1)).unbind(2)
-    s = torch.exp(log_scales.clamp(min=-7))
-    means = s * (F.softplus((means + 1) / s) - F.softplus((means - 1) / s)) - 1  # of logistics clipped to [-1,1]
-    return ((torch.softmax(logits, 2) * means).sum(2) + 1) / 2
-
-
-def log_weights(model, x, k, cfg, e=None):
-    """k draws of log p(x, z) - log q(z | x), (B,k). e: model.encode(scale(model, x)), where it is there already."""
-    e = model.encode(scale(model, x)) if e is None else e
-    params, draws = infer(model, [a.repeat_interleave(k, 0) for a in e])
-    log_w = log_prob(params, x.repeat_interleave(k, 0), cfg.likelihood) + sum(d.log_p - d.log_q for d in draws)
-    return log_w.view(len(x), k)
-
-
-def iw_bound(log_w, k):
-    """The bound of k importance samples on log p(x), the mean over as many groups of k as there are. log_w (B,n) -> (B,)."""
-    groups = log_w[:, :log_w.shape[1] // k * k].unflatten(1, (-1, k))
-    return (torch.logsumexp(groups, 2) - math.log(k)).mean(1)
-
-
-# ---- two remedies: a flow for the prior, an autoregressive flow for the posterior
-
-
-class Coupling(nn.Module):
-    """One step of the flow prior: z (B,D) -> (B,D) and log |det|, (B,)."""
-
-    def __init__(self, D, hidden):
-        super().__init__()
-        self.split = D // 2
-        self.net = nn.Sequential(nn.Linear(self.split, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                 zero(nn.Linear(hidden, 2 * (D - self.split))))
-
-    def forward(self, z):
-        z = z.flip(1)
-        return affine_coupling(z, self.net(z[:, :self.split]), self.split)
-
-    def inverse(self, u):
-        return affine_coupling(u, self.net(u[:, :self.split]), self.split, reverse=True)[0].flip(1)
-
-
-class IAFStep(nn.Module):
-    """z' = sigma z + (1 - sigma) m, where m_i and sigma_i see z_1 ... z_i-1 and what the encoder has to say."""
-
-    def __init__(self, D, hidden, context):
-        super().__init__()
-        self.first, self.context = nn.Linear(D, hidden), nn.Linear(context, hidden, bias=False)
-        self.out = nn.Linear(hidden, 2 * D)
-        place, degree = torch.arange(D), torch.arange(hidden) % D - 1  # a unit of degree m sees z at places up to m
-        self.register_buffer("mask_in", (degree[:, None] >= place).float(), persistent=False)
-        self.register_buffer("mask_out", (place[:, None] > degree).float().repeat(2, 1), persistent=False)
-
-    def forward(self, z, context):
-        """z (B,D) -> (B,D) and log |det|, (B,)."""
-        z = z.flip(1)
-        h = F.elu(F.linear(z, self.first.weight * self.mask_in, self.first.bias) + self.context(context))
-        m, s = F.linear(h, self.out.weight * self.mask_out, self.out.bias).to(z.dtype).chunk(2, 1)
-        log_sigma = F.logsigmoid(s + 2)
-        return m + torch.exp(log_sigma) * (z - m), log_sigma.sum(1)
+        params = self.out(self.down[0](z)).to(self.out.weight.dtype)
+        return F.pixel_shuffle(params, self.patch)[..., :H, :W].unflatten(1, (-1, self.K))
 
 
 # ---- the loops
 
-# What may differ from the checkpoint when it is resumed, evaluated or sampled from; the rest is the run's own.
-FREE = """mode data_dir steps minutes device amp compile kernels out resume overwrite num_samples log_every save_every
-    iw_samples temperature""".split()
-
-
 def choose(cfg, H, W):
-    """cfg, with what the size of the images and the number of levels decide where nothing was said."""
+    """cfg, with what the data set, the size of its images and the number of levels decide where nothing was said."""
+    if cfg.prior == "flow" and cfg.z_dim < 2:
+        fail(f"--z-dim {cfg.z_dim}: a flow prior needs at least 2")
+    if cfg.likelihood == "auto":
+        cfg.likelihood = "bernoulli" if cfg.dataset in ("digits", "mnist") else "mixture"
     cfg.patch = cfg.patch or (2 if min(H, W) < 16 else 4)
     cfg.blocks = cfg.blocks or (2 if cfg.levels > 1 else 1)
     return cfg
 
 
 def to_levels(x, cfg, generator=None):
-    """x uint8 in {0..255} -> the levels that are modelled, int64: a draw of {0,1} with probability x / 255, or x itself."""
-    if cfg.likelihood != "bernoulli":
+    """x uint8 in {0..255} -> what is modelled, int64: x itself, or a draw of {0,1} with probability x / 255."""
+    if cfg.likelihood == "mixture":
         return x.long()
     return (torch.rand(x.shape, generator=generator).to(x.device) * 255 < x).long()
 
 
-def to_uint8(x):
-    return (255 * x).round().byte().cpu()
-
-
-@torch.no_grad()
-def update_ema(ema, model, step, share):
-    """Average the weights with the power profile of Karras et al. 2024, eq. 127, whose width grows with the run."""
-    decay = (1 - 1 / (step + 1)) ** (1 / share)
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def train(model, ema, data, cfg, run):
+def train(data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
-    if cfg.likelihood == "bernoulli" and cfg.binarize == "static":
-        data = data._replace(train=to_levels(data.train, cfg, torch.Generator().manual_seed(1)).byte() * 255)
+    model = build(run.shape, cfg).to(run.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    run.begin(parts)
     objective = torch.compile(loss) if cfg.compile else loss
-    model.train()
-    for step in run.steps():
+    parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
+    for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)):
         x, _ = run.batch(data)
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
+        rise = (step + 1) / (cfg.warmup + 1)
+        fall = (cfg.decay / (step + 1)) ** 0.5
+        lr = cfg.lr * min(1, rise, fall)
+        optimizer.param_groups[0]["lr"] = lr
+        kl_weight = cfg.beta * min(1, (step + 1) / (cfg.kl_warmup + 1))
         with run.autocast():
-            nats, log_px, kls = objective(model, to_levels(x, cfg), cfg, cfg.beta * min(1, (step + 1) / (cfg.kl_warmup + 1)))
-        norm = run.update(nats / x[0].numel(), model, optimizer)
+            nats, log_px, kls = objective(model, to_levels(x, cfg), cfg, kl_weight)
+        nats_per_dim = nats / x[0].numel()
+        norm = run.update(nats_per_dim, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
-        levels = {f"kl_{cfg.levels - i}": kl for i, kl in enumerate(kls.mean(1))}
-        run.log(loss=nats / x[0].numel(), elbo=log_px.mean() - kls.mean(1).sum(), **levels, grad_norm=norm, lr=lr)
-        if run.step % cfg.save_every == 0:
-            run.save(parts)
-            run.show(generate(ema, 80, cfg, run))
-    run.save(parts)
-    run.check()
+        named = {f"kl_{level}": kl for level, kl in zip(range(cfg.levels, 0, -1), kls.mean(1), strict=True)}
+        run.log(loss=nats_per_dim, elbo=log_px.mean() - kls.mean(1).sum(), **named, grad_norm=norm, lr=lr)
 
 
 @torch.no_grad()
-def evaluate(ema, data, cfg, run):
-    """Bounds on -log p(x) over the whole test split, which is binarised once; KL and active units of each level."""
+def evaluate(model, data, cfg, run):
+    """Bounds on -log p(x) over the test split, in nats; KL and active units of each level."""
     torch.manual_seed(cfg.seed)
     test = to_levels(data.test, cfg, torch.Generator().manual_seed(0))
-    sums, shifts = {}, [[] for _ in range(cfg.levels)]
-    each = min(cfg.iw_samples, 4)  # draws at once, few enough to stay in the cache
-    for x in test.split(at_once(test.shape[1:])):
+    levels = range(cfg.levels, 0, -1)  # from the top down, as Draws are
+    sums = {}
+    shifts = {level: [] for level in levels}
+    size = min(cfg.iw_samples, 4)  # importance samples at once, few enough to stay in the cache
+    for x in progress(test.split(at_once(run.shape)), "evaluation"):
         x = x.to(run.device)
-        e = ema.encode(scale(ema, x))
-        params, draws = infer(ema, e)
+        e = model.encode(scale(model, x))
+        params, draws = infer(model, e)
         log_px = log_prob(params, x, cfg.likelihood)
-        metrics = {"elbo": sum(d.kl for d in draws) - log_px, "reconstruction": -log_px}
-        for i, d in enumerate(draws):
-            metrics[f"kl_{cfg.levels - i}"] = d.kl
-            shifts[i].append(d.shift.flatten(1).cpu())
-        chunks = []
-        while len(chunks) * each < cfg.iw_samples:
-            run.check()
-            chunks.append(log_weights(ema, x, each, cfg, e).cpu().double())
-        log_w = torch.cat(chunks, 1)[:, :cfg.iw_samples]
-        for k in {10**i for i in range(9) if 10**i <= cfg.iw_samples} | {cfg.iw_samples}:
-            metrics[f"iw_{k}"] = -iw_bound(log_w, k)
-        for name, nats in metrics.items():
-            sums[name] = sums.get(name, 0) + nats.cpu().double().sum().item()
+        nats = {"neg_elbo": sum(d.kl for d in draws) - log_px, "reconstruction": -log_px}
+        for level, d in zip(levels, draws, strict=True):
+            nats[f"kl_{level}"] = d.kl
+            shifts[level].append(d.shift.flatten(1).cpu())
+        log_w = [log_weights(model, x, size, cfg, e).cpu().double() for _ in range(math.ceil(cfg.iw_samples / size))]
+        log_w = torch.cat(log_w, 1)[:, :cfg.iw_samples]
+        for k in [10**i for i in range(9) if 10**i < cfg.iw_samples] + [cfg.iw_samples]:
+            nats[f"neg_iw_{k}"] = -iw_bound(log_w, k)
+        for name, value in nats.items():
+            sums[name] = sums.get(name, 0) + value.cpu().double().sum().item()
     metrics = {f"test_{name}": total / len(test) for name, total in sums.items()}
-    metrics["test_bpd"] = metrics[f"test_iw_{cfg.iw_samples}"] / test[0].numel() / math.log(2)
-    for i, shift in enumerate(shifts):  # IWAE sec. 5.2: a unit is active if its mean moves with x
-        metrics[f"test_active_{cfg.levels - i}"] = (torch.cat(shift).var(0, correction=0) > 0.01).float().mean().item()
+    metrics["test_bpd"] = metrics[f"test_neg_iw_{cfg.iw_samples}"] / test[0].numel() / math.log(2)
+    for level in levels:
+        # IWAE sec. 5.2: a unit is active if its mean moves with x. Below the top the z above moves the shift, too.
+        active = torch.cat(shifts[level]).var(0, correction=0) > 0.01
+        metrics[f"test_active_{level}"] = active.float().mean().item()
     return metrics
 
 
-def report(metrics, n, cfg):
-    """The test figures in words, and a warning for a level that has collapsed onto its prior."""
-    k, kind = cfg.iw_samples, f"{cfg.binarize}ally binarised, the test split once with seed 0"
-    bounds = {int(name[8:]): nats for name, nats in metrics.items() if name.startswith("test_iw_")}
-    print(f"test -log p(x) <= {bounds[k]:.3f} nats, {metrics['test_bpd']:.4f} bits/dim (importance-weighted, k = {k}; all {n} "
-          f"test images, {kind if cfg.likelihood == 'bernoulli' else '8 bits'}), -elbo {metrics['test_elbo']:.3f}")
-    print("bound by k:", ", ".join(f"{k}: {nats:.3f}" for k, nats in sorted(bounds.items())))
+def report(metrics, n, cfg, run):
+    """The figures of n test images in words, and a warning for a level that has collapsed onto its prior."""
+    bounds = {name[12:]: nats for name, nats in metrics.items() if name.startswith("test_neg_iw_")}
+    pixels = "8 bits" if cfg.likelihood == "mixture" else "dynamically binarised, the test split once with seed 0"
+    print(f"test -log p(x) <= {bounds[str(cfg.iw_samples)]:.3f} nats, {metrics['test_bpd']:.4f} bits/dim "
+          f"(importance-weighted, k = {cfg.iw_samples}; {run.tested}, {pixels}), -elbo {metrics['test_neg_elbo']:.3f}")
+    print("bound by k:", ", ".join(f"{k}: {nats:.3f}" for k, nats in bounds.items()))
     for level in range(cfg.levels, 0, -1):
-        kl, active = metrics[f"test_kl_{level}"], metrics[f"test_active_{level}"]
-        collapsed = active < 0.05 and n > 1  # the mean of one image does not move
-        print(f"z_{level}: kl {kl:.2f} nats, {100 * active:.0f} % of its units active"
-              + "; WARNING: it has collapsed onto its prior, --free-bits or a longer --kl-warmup may help" * collapsed)
+        active = metrics[f"test_active_{level}"]
+        print(f"z_{level}: kl {metrics[f'test_kl_{level}']:.2f} nats, {100 * active:.0f} % of its units active")
+        if active < 0.05 and n > 1:  # the mean of one image does not move
+            print(f"WARNING: z_{level} has collapsed onto its prior, --free-nats or a longer --kl-warmup may help")
 
 
 @torch.no_grad()
-def generate(ema, n, cfg, run):
-    """n images (n,C,H,W) uint8, the means of p(x | z_1), from the averaged weights and the noise of --seed."""
+def generate(model, n, cfg, run):
+    """n images (n,C,H,W) uint8, from the noise of --seed."""
     torch.manual_seed(cfg.seed)
-    images, most = [], at_once(run.facts["shape"])
-    for done in range(0, n, most):
-        run.check()
-        params = descend(ema, sample_prior(ema, min(most, n - done), cfg.temperature), cfg.temperature)
-        images.append(to_uint8(mean(params, cfg.likelihood)))
-    return torch.cat(images)
+    size = at_once(run.shape)
+    starts = progress(range(0, n, size), "sampling")
+    return torch.cat([to_uint8(sample(model, min(size, n - start), cfg)) for start in starts])
 
+
+# ---- grids to look at, besides samples
 
 @torch.no_grad()
-def show(ema, data, cfg, run):
-    """reconstructions.png: pairs of a test image and its mean; interpolations.png: a row a pair of test images, on a line
-    between their z_L; manifold.png, where z_L has two dimensions: the images of a grid of the prior's quantiles in each."""
+def show(model, data, cfg, run):
+    """Reconstructions of test images, images between two of them, and the plane of z_L where it has two dimensions."""
     torch.manual_seed(cfg.seed)
     x = to_levels(data.test[:40], cfg, torch.Generator().manual_seed(0)).to(run.device)
-    e = ema.encode(scale(ema, x))
-    params, draws = infer(ema, e)
-    pairs = torch.stack([to_uint8(x / ema.white), to_uint8(mean(params, cfg.likelihood))], 1)
-    save_grid(pairs.flatten(0, 1), run.out / "reconstructions.png", 10)
-    z = draws[0].z[:10, None]
-    line = torch.lerp(z, z.roll(1, 0), torch.linspace(0, 1, 10, device=z.device)[:, None])  # (10, 10, z_dim)
-    grids = {"interpolations": (line.flatten(0, 1), 10)}
+    params, draws = infer(model, model.encode(scale(model, x)))
+    pairs = torch.stack([scale(model, x), pixel_mean(params, cfg.likelihood)], 1).flatten(0, 1)
+    save_grid(to_uint8(pairs), run.folder / "reconstructions.png", 10, "pairs of a test image and its reconstruction")
+    z = draws[0].z[:10, None]  # z_L of ten images, (10,1,z_dim)
+    share = torch.linspace(0, 1, 10, device=z.device)[:, None]
+    line = torch.lerp(z, z.roll(1, 0), share)  # (10,10,z_dim)
+    x = pixel_mean(descend(model, line.flatten(0, 1), 0.0), cfg.likelihood)
+    save_grid(to_uint8(x), run.folder / "interpolations.png", 10, "rows on a line between the z_L of two test images")
     if cfg.z_dim == 2:
-        across, up = sample_prior(ema, 10_000).quantile(torch.linspace(0.02, 0.98, 20, device=z.device), 0).unbind(1)
-        grids["manifold"] = torch.cartesian_prod(up.flip(0), across).flip(1), 20
-    for name, (z, columns) in grids.items():
-        save_grid(to_uint8(mean(descend(ema, z, 0.0), cfg.likelihood)), run.out / f"{name}.png", columns)
+        quantiles = torch.linspace(0.02, 0.98, 20, device=z.device)
+        across, up = sample_prior(model, 10_000).quantile(quantiles, 0).unbind(1)
+        z = torch.cartesian_prod(up.flip(0), across).flip(1)  # the first number grows to the right, the second upwards
+        x = pixel_mean(descend(model, z, 0.0), cfg.likelihood)
+        save_grid(to_uint8(x), run.folder / "manifold.png", 20, "the plane of z_L, at the quantiles of its prior")
 
 
 # ======== plumbing, byte-identical in all six scripts (python tools/sync.py): nothing about the model is in it ========
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import gzip
@@ -528,192 +571,273 @@ import signal
 import sys
 import tarfile
 import time
-import urllib.request
+import zipfile
+from collections import Counter, namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args, get_origin
+from typing import get_args, get_origin
+from urllib.request import urlopen
 
 import torch.distributed as dist
 from PIL import ImageOps
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+SHA256 = {  # the first digits of each file's hash: of what an IDX file holds, of the archive itself
+    "mnist": dict(zip(IDX, "ba891046e6505d7a 65a50cbbf4e906d7 0fa7898d509279e4 ff7bcfd416de3373".split(), strict=True)),
+    "fashion_mnist": dict(zip(IDX, "c59f468a2f672dc8 bad3541b69d91243 5b4141f0afbad91e 0402a96d92fd2663".split(), strict=True)),
+    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"},
+}
 MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     "fashion_mnist": ("https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
                       "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
-SHA256 = {  # of the decompressed files, of the archive itself for cifar10
-    "mnist": {"train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-              "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-              "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-              "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"},
-    "fashion_mnist": {"train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-                      "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-                      "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-                      "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"},
-    "cifar10": {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
-}
+TORCHVISION = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "cifar10": "."}  # its folders under --data-dir
 TIMEOUT = 20  # seconds a mirror may stay silent
+LOCKS = {}  # of the folders that this process writes to
+# images (N,C,H,W) uint8; labels (N,) int64; the names of the classes, () where all labels are 0; what else is to be said
+Data = namedtuple("Data", "train train_labels test test_labels names note", defaults=((), ""))
 
 
-class Data(NamedTuple):
-    """Images (N,C,H,W) uint8 and labels (N,) int64, which are all 0 where there are no classes."""
-
-    train: torch.Tensor
-    train_labels: torch.Tensor
-    test: torch.Tensor
-    test_labels: torch.Tensor
-    classes: int  # 0 where there are no labels
-
-
-def at_once(shape, values=3072):
-    """Images (C,H,W) to evaluate or sample at once, whatever --batch-size is: 250, fewer where they have more values."""
-    return max(min(250, 250 * values // math.prod(shape)), 1)
-
-
-def fail(message, code=2) -> NoReturn:
+def fail(message, code=2):
     print("error:", *message.split(), file=sys.stderr)  # one line, whatever an exception's text holds
     raise SystemExit(code)
 
 
+def progress(items=None, what=None, **more):
+    """A bar on a terminal, elsewhere a line a minute."""
+    bar = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    often = {"bar_format": bar} if sys.stderr.isatty() else {"bar_format": bar + "\n", "mininterval": 60, "delay": 60}
+    return tqdm(items, what, miniters=0, **often | more)
+
+
 def fetch(name, file, data_dir):
-    """The content of one file of a data set, checked by SHA-256: from --data-dir, Debian's folder or the first good mirror."""
-    folder, packed, tried = Path(data_dir) / name, file if file.endswith(".tar.gz") else f"{file}.gz", []
-    folders = [folder] + [Path("/usr/share/datasets/fashion-mnist")] * (name == "fashion_mnist")
-    places = [place / f for place in folders for f in dict.fromkeys((packed, file)) if (place / f).exists()]
-    for source in [*places, *(mirror + packed for mirror in MIRRORS[name])]:
+    """The content of one file of a data set, checked by SHA-256: from the disk, else from the first good mirror."""
+    packed = file.removesuffix(".gz") + ".gz"
+    target = Path(data_dir, name, packed).absolute()
+    folders = (target.parent, Path(data_dir, TORCHVISION[name]).absolute(), Path("/usr/share/datasets", name.replace("_", "-")))
+    disk = [(folder / f).as_uri() for folder in folders for f in (packed, file) if (folder / f).exists()]
+    tried = [f"{path} (a pickle is not read)" for folder in folders for path in folder.glob("cifar-10-python.tar.gz")]
+    for url in (*disk, *(mirror + packed for mirror in MIRRORS[name])):
         try:
-            if source in places:
-                raw = source.read_bytes()
-            else:
-                with (urllib.request.urlopen(source, timeout=TIMEOUT) as response,
-                      tqdm.wrapattr(response, "read", response.length, desc=packed, disable=None) as stream):
-                    raw = b"".join(iter(lambda: stream.read(1 << 16), b""))
-            content = gzip.decompress(raw) if str(source).endswith(f"{file}.gz") else raw
-            if hashlib.sha256(content).hexdigest() != SHA256[name][file]:
+            with urlopen(url, timeout=TIMEOUT) as f, tqdm.wrapattr(f, "read", desc=packed, disable=None) as stream:
+                raw = b"".join(iter(partial(stream.read, 1 << 16), b""))
+            content = gzip.decompress(raw) if url.endswith(f"{file}.gz") else raw
+            if not hashlib.sha256(content).hexdigest().startswith(SHA256[name][file]):
                 raise ValueError("wrong SHA-256")
-            if source not in places:
-                write(folder / packed, lambda f, raw=raw: f.write(raw))
+            if url not in disk:
+                write(target, lambda f, raw=raw: f.write(raw))
             return content
         except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
-            tried.append(f"{source} ({e or type(e).__name__})")
-    fail(f"no good copy of {folder / packed}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
+            tried.append(f"{url.removeprefix('file://')} ({e or type(e).__name__})")
+    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
 
 
-def load_folder(root, size):
-    """A folder of images, else its subfolders as classes; every tenth image by name is held out as the test split.
+def read_image(path, size=None, peak=None):
+    """An image file in mode L or RGB: upright, over white, of more than 8 bits divided by `peak`, cropped to size (W, H)."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":  # more than 8 bits
+        pixels = np.asarray(image, np.float64)
+        image = Image.fromarray((255 * pixels / (peak or pixels.max() or 1)).round().clip(0, 255).astype(np.uint8))
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert(mode)
+    return ImageOps.fit(image, size) if size else image
 
-    Grey only where all are grey, else RGB; transparency is laid over white. Each image is scaled to cover size x size, or
-    the commonest size where size is 0, and cropped at the centre. What cannot be read is named and skipped.
-    """
-    known, images, broken = Image.registered_extensions(), {}, []
-    for path in sorted(p for p in (*root.glob("*"), *root.glob("*/*")) if p.suffix.lower() in known and p.is_file()):
+
+def load_folder(root, side):
+    """Images at any depth, in classes by the folder under the root, or under its train/ and test/ or val/ if it has both."""
+    known = Image.registered_extensions().keys() | {".heic", ".heif", ".avif", ".jxl"}  # some need a plug-in
+    files = sorted(Path(top, f).relative_to(root) for top, _, names in os.walk(root, followlinks=True) for f in names)
+    files = [f for f in files if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts)]
+    test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in files}), None)
+    unused = sum(f.parts[0] not in ("train", test) for f in files) if test else 0
+    files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]  # so that the first n are of all classes
+    files = sorted((f for f in files if not test or f.parts[0] in ("train", test)), key=lambda f: f.parts[0] == test)
+    sizes = Counter()
+    modes = set()
+    peak = 0
+    good = []
+    skipped = []
+    for f in progress(files, "looking at images"):
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits a pixel
-                    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-                if "A" in image.getbands() or "transparency" in image.info:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-                images[path] = ImageOps.fit(image, (size, size)) if size else image
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            broken.append(f"{path} ({e})")
-    if broken:
-        print(f"skipped {len(broken)} broken images: {'; '.join(broken)}", file=sys.stderr)
-    if len(images) < 2:
-        fail(f"--dataset {root}: {len(images)} readable images in it or in its subfolders, at least 2 are needed")
-    folders = sorted({path.parent for path in images})
-    if root in folders[:-1]:
-        fail(f"--dataset {root}: holds images as well as subfolders of images; move either away")
-    target = collections.Counter(image.size for image in images.values()).most_common(1)[0][0]
-    mode = "L" if all(image.mode == "L" for image in images.values()) else "RGB"
-    x = np.stack([np.atleast_3d(np.asarray(ImageOps.fit(image.convert(mode), target))) for image in images.values()])
-    x, held = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.arange(len(x)) % 10 == 1
-    y = torch.tensor([folders.index(path.parent) for path in images])
-    mixed = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))  # so that the first n are of all classes
-    x, y, held = x[mixed], y[mixed], held[mixed]
-    return Data(x[~held], y[~held], x[held], y[held], 0 if root in folders else len(folders))
+            with Image.open(root / f) as image:
+                deep = image.mode[0] in "IF"
+                top = np.asarray(image).max() if deep else 0
+                if not np.isfinite(top):
+                    raise ValueError("pixels that are not finite")
+                peak = max(peak, top)
+                modes.add("L" if deep or image.mode in ("1", "L", "LA") else "RGB")
+                turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+                sizes[(side, side) if side else image.size[::-1] if turned else image.size] += 1
+                good.append(f)
+        except Exception as e:  # whatever a decoder raises
+            skipped.append(f"{root / f} ({e})")
+    size = max(sizes, key=sizes.get, default=(1, 1))  # the commonest
+    if max(size) > 128 and not side:
+        fail(f"--dataset {root}: images of {size[0]} x {size[1]} pixels are too large as they are; add --image-size 64")
+    mode = "RGB" if "RGB" in modes else "L"
+    x = np.empty((len(good), *size[::-1], 3 if mode == "RGB" else 1), np.uint8)
+    kept = []
+    for f in progress(good, "reading images"):
+        try:
+            x[len(kept)] = np.atleast_3d(read_image(root / f, size, peak).convert(mode))
+            kept.append(f)
+        except Exception as e:
+            skipped.append(f"{root / f} ({e})")
+    if skipped:
+        named = " ".join("; ".join(skipped[:10]).split()) + "; ..." * (len(skipped) > 10)
+        print(f"skipped {len(skipped)} images that cannot be read: {named}", file=sys.stderr)
+    n = sum(f.parts[0] == test for f in kept) if test else -(-len(kept) // 10)
+    if not 0 < n < len(kept):
+        fail(f"--dataset {root}: {len(kept)} readable images, {n} of them to test on; at least 2 are needed, 1 to test on")
+    folders = ["".join(f.parts[bool(test):-1][:1]) for f in kept]
+    names = sorted(set(folders)) if all(folders) and len(set(folders)) > 1 else []
+    y = torch.tensor([names.index(folder) if names else 0 for folder in folders])
+    x = torch.from_numpy(x[:len(kept)]).permute(0, 3, 1, 2)
+    odd = {"skipped": len(skipped), "of another size, cropped": len(good) - sizes[size], "in other folders, not used": unused}
+    note = "".join(f"; {count} {what}" for what, count in odd.items() if count)
+    return Data(x[:-n], y[:-n], x[-n:], y[-n:], tuple(names), note)
 
 
-def load_data(name, data_dir, image_size=0) -> Data:
+def load_data(name, data_dir, image_size=0):
     """digits, mnist, fashion_mnist, cifar10 or a folder of images, whole in memory."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        digits, order = load_digits(), np.random.RandomState(0).permutation(1797)
-        x, y = np.round(digits.images[order, None] * 255 / 16).astype(np.uint8), digits.target[order]
-        parts = x[297:], y[297:], x[:297], y[:297]
+        digits = load_digits()
+        order = np.random.RandomState(0).permutation(1797)
+        x = np.round(digits.images[order, None] * 255 / 16).astype(np.uint8)
+        y = digits.target[order]
+        parts = (x[297:], y[297:], x[:297], y[:297])
     elif name in ("mnist", "fashion_mnist"):
-        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in SHA256[name]]
-        parts = [r[8:] if i % 2 else r[16:].reshape(-1, 1, 28, 28) for i, r in enumerate(raw)]
+        raw = [np.frombuffer(fetch(name, file, data_dir), np.uint8) for file in IDX]
+        parts = [part[8:] if i % 2 else part[16:].reshape(-1, 1, 28, 28) for i, part in enumerate(raw)]
     elif name == "cifar10":
         archive = tarfile.open(fileobj=io.BytesIO(fetch(name, "cifar-10-binary.tar.gz", data_dir)))
         files = sorted(f for f in archive.getnames() if f.endswith(".bin"))  # data_batch_1 to 5, test_batch
         rows = np.frombuffer(b"".join(archive.extractfile(f).read() for f in files), np.uint8).reshape(-1, 3073)
-        x, y = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
-        parts = x[:50_000], y[:50_000], x[50_000:], y[50_000:]
-    elif Path(name).is_dir():
+        x = rows[:, 1:].reshape(-1, 3, 32, 32)
+        parts = (x[:50_000], rows[:50_000, 0], x[50_000:], rows[50_000:, 0])
+    elif name and Path(name).is_dir():
         return load_folder(Path(name), image_size)
     else:
         fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
-    x, y, x_test, y_test = (torch.tensor(p) for p in parts)
-    if image_size and x.shape[-2:] != (image_size, image_size):
+    x, y, x_test, y_test = map(torch.tensor, parts)
+    if image_size and x.shape[2:] != (image_size, image_size):
         x, x_test = (F.interpolate(part, (image_size, image_size), mode="bilinear", antialias=True) for part in (x, x_test))
-    return Data(x, y.long(), x_test, y_test.long(), 10)
+    return Data(x, y.long(), x_test, y_test.long(), tuple("0123456789"))
 
 
-def parse_args(config_class, argv=None):
-    """The command line built from the dataclass: a flag a field, its comment as help -> the config, the names given.
+def checked(kind, comment):
+    """text -> value of a flag, within the bound that its comment names."""
+    bound = re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comment)
+    sign, low, high = bound.groups() if bound else (None, None, None)
+    most = float(high or (2**31 - 1 if kind is int else np.finfo(np.float32).max))
 
-    A bound in the comment, (> 0), (>= 0) or (0 to 1), is checked. Whatever is wrong is one line and exit code 2.
+    def convert(text):
+        value = os.path.expanduser(text) if kind is str else kind(text)
+        if bound and not (float(low) <= value <= most and (sign != ">" or value > float(low))):
+            raise argparse.ArgumentTypeError(f"{text}: must be {sign or 'from'} {low}, at most {most:.10g}: {comment}")
+        return value
+
+    convert.__name__ = kind.__name__  # what argparse calls it
+    return convert
+
+
+def parse_args(argv=None):
+    """The command line -> the config, and the checkpoint that the run goes on from, {} for a new one.
+
+    A field of Config is a flag, its comment the help; a comment of its own begins a group. What no flag says is taken from the
+    checkpoint, from which only fields of a group "free to change" may differ.
     """
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--flag value] ...", allow_abbrev=False,
+                                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100))
     parser.error = lambda message: fail(f"{message} (--help lists every flag)")
-    for field in dataclasses.fields(config_class):
-        kind, origin = (*get_args(field.type), field.type)[0], get_origin(field.type)
-        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                   {"choices": get_args(field.type)} if origin is Literal else
-                   {"type": kind, "metavar": kind.__name__, "nargs": "+" if origin is tuple else None})
-        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    for name, value in given.items():
-        if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
-            sign, low, high = bound[1], float(bound[2]), float(bound[3] or sys.float_info.max)
-            for v in value if isinstance(value, tuple) else (value,):
-                if not low <= v <= high or sign == ">" and v == low:
-                    parser.error(f"argument --{name.replace('_', '-')}: {v}: must be {bound[0][1:-1]}")
-    return config_class(**given), set(given)
+    for heading, name, comment in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(Config), re.M):
+        if heading:
+            section = parser.add_argument_group(heading)
+            continue
+        groups[name] = section.title
+        field = Config.__dataclass_fields__[name]
+        kind = (*get_args(field.type), field.type)[0]  # int of int | None and of tuple[int, ...]
+        origin = get_origin(field.type)
+        if origin is Literal:
+            options = {"choices": get_args(field.type)}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            count = None if origin is not tuple else "+" if Ellipsis in get_args(field.type) else len(get_args(field.type))
+            options = {"type": checked(kind, comment), "metavar": kind.__name__, "nargs": count}
+        text = f"{comment} [{field.default}]".replace("%", "%%")
+        section.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=text, **options)
+
+    def parse():
+        values = vars(parser.parse_args(argv))
+        return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    cfg = parse()
+    saved = {}
+    cfg.out = cfg.out or f"runs/{Path(__file__).stem}-{Path(cfg.dataset).resolve().name}"
+    path = Path(cfg.out, "checkpoint.pt")
+    if cfg.mode != "train" or cfg.resume and path.exists():
+        old, saved = read_run(cfg.out)
+        budget = {"steps": None, "minutes": None} if cfg.steps or cfg.minutes else {}  # a new one replaces the old one
+        parser.set_defaults(**vars(old) | budget | {"mode": "train", "resume": False, "overwrite": False, "out": cfg.out})
+        cfg = parse()
+        for name, value in vars(old).items():
+            if getattr(cfg, name) != value and "free to change" not in groups[name]:
+                fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {path} has {value}")
+    elif not cfg.overwrite and path.parent.is_dir() and any(f.suffix != ".part" for f in path.parent.iterdir()):
+        fail(f"--out {cfg.out}: is not empty; --resume continues a run from its checkpoint.pt, --overwrite replaces it")
+    elif cfg.resume:
+        print(f"--resume: there is no {path} yet, so the run starts")
+    if not cfg.steps and not cfg.minutes:
+        cfg.steps = 2000
+    return cfg, saved
 
 
-def set_up(cfg):
-    """The device, this process's rank and the number of processes (torchrun's); kernels.mode from --kernels."""
-    rank, local, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    kind = there[0] if cfg.device == "auto" else cfg.device
-    if kind not in there:
-        fail(f"--device {kind}: not available here, there is {', '.join(there)}")
-    if cfg.batch_size % world:
-        fail(f"--batch-size {cfg.batch_size}: cannot be split over {world} processes")
-    mode = os.environ.get("M2_KERNELS", "auto") if cfg.kernels == "auto" else cfg.kernels
+def read_run(folder):
+    """The config and the checkpoint of the run in a folder; what is damaged, not finite or not of this script is refused."""
+    path = Path(folder, "checkpoint.pt")
+    script = Path(__file__).stem
     try:
-        import kernels
-        runs, why = kernels.available(kind)  # PyPI's unrelated package of this name has none
-        kernels.mode = mode
-    except (ImportError, AttributeError):
-        runs, why = False, "the folder kernels/ is not beside this script"
-    if mode not in ("auto", "torch", "triton") or mode == "triton" and not runs:
-        fail(f"--kernels {mode}: {why if mode == 'triton' else 'M2_KERNELS must be auto, torch or triton'}")
-    if world > 1 and not dist.is_initialized():
-        torch.cuda.set_device(local) if kind == "cuda" else None
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return torch.device(f"cuda:{local}" if kind == "cuda" else kind), rank, world
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that a file may hold
+        if not isinstance(saved, dict):
+            raise ValueError("weights alone")
+        if (saved["format"], saved["script"]) != (2, script):
+            raise ValueError(f"is of {saved['script']}.py in format {saved['format']}, not of {script}.py in format 2")
+        if fields := saved["config"].keys() ^ {field.name for field in dataclasses.fields(Config)}:
+            raise ValueError(f"of another version, whose config differs in {', '.join(sorted(fields))}")
+        if not all(torch.as_tensor(v).isfinite().all() for v in tree_leaves(saved) if isinstance(v, (float, torch.Tensor))):
+            raise ValueError("holds numbers that are not finite")
+        _ = saved["facts"], saved["step"], saved["seconds"], saved["log_size"]  # KeyError where one is missing
+        return Config(**saved["config"]), saved
+    except Exception as e:  # whatever a missing, damaged or hostile file raises
+        fail(f"{path}: is not a checkpoint to go on from: {type(e).__name__}: {(str(e) or '-').splitlines()[0][:200]}")
 
 
-def write(path, save):
+def restore(parts, saved, folder):
+    """Load each named part of a checkpoint; one that is missing, or of other shapes, is named."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+            for p, state in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                if {key: v.shape for key, v in state.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                    raise ValueError("Adam's moments are not there or of other shapes")  # PyTorch does not look
+        except Exception as e:
+            fail(f"{Path(folder, 'checkpoint.pt')}: its {name} does not fit: {e!r}")
+
+
+def write(path, save, what=None):
     """save(file) under a temporary name, flushed to disk, then renamed: at any moment path is whole, old or new."""
     part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
     try:
@@ -728,14 +852,34 @@ def write(path, save):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+    if what:
+        print(f"{path}: {what}")
 
 
-def save_grid(images, path, columns):
+def save_grid(images, path, columns=10, what=None):
     """Images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged."""
+    columns = min(columns, len(images))
     rows = F.pad(images.cpu(), (1, 1, 1, 1, 0, 0, 0, -len(images) % columns)).unflatten(0, (-1, columns))
     grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)  # (rows*(H+2), columns*(W+2)[, C])
     image = ImageOps.scale(Image.fromarray(grid.numpy()), max(1, 56 // max(images.shape[2:])), Image.NEAREST)
-    write(path, lambda f: image.save(f, "png"))
+    write(path, lambda f: image.save(f, "png"), what)
+
+
+def to_uint8(x):
+    """[-1,1] -> {0..255} on the CPU"""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+
+
+def at_once(shape, values=3072):
+    """Images (C,H,W) to evaluate or sample at once, whatever --batch-size is: 250, fewer where they have more values."""
+    return max(min(250, 250 * values // math.prod(shape)), 1)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, share):
+    """Average the weights by the power profile of Karras et al. 2024, eq. 127; share is their 1 / (gamma + 1)."""
+    decay = (1 - 1 / (step + 1)) ** (1 / share)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 @lru_cache(maxsize=4)
@@ -743,113 +887,225 @@ def shuffle(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
+def deaf(call):
+    """call(), whose failure ends nothing: the training outlives whoever reads what it prints."""
+    def attempt(*args):
+        with contextlib.suppress(OSError, RuntimeError):  # the second: a signal's words within others
+            return call(*args)
+    return attempt
+
+
+def on_signal(number, frame):
+    """A stop signal ends the program: in training after the step under way, else at once. A second one always at once."""
+    if Run.signal == number or Run.signal and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun adds a SIGTERM of its own
+        os._exit(128 + number)
+    Run.signal = Run.signal or number
+    if not Run.stepping:
+        fail(f"stopped by {signal.Signals(number).name}; --resume continues {Run.out}", 128 + number)
+    print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
+
+
+def launch(main):
+    """main() as a program: stop signals are heard, and what the machine refuses (files, memory, kernels) is one line."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.write = deaf(stream.write)
+        stream.flush = deaf(stream.flush)
+    Run.signal = 0
+    Run.stepping = False
+    Run.out = "the run"
+    numbers = {n for n in signal.valid_signals() if n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))}
+    before = {n: signal.signal(n, on_signal) for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        main()
+        if Run.signal:  # its exception was lost in a library
+            sys.exit(128 + Run.signal)
+    except OSError as e:
+        fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
+    except (MemoryError, RuntimeError) as e:
+        if "kernels.mode" in str(e):
+            fail(f"--kernels triton: {e}" if "is 'triton'" in str(e) else str(e))
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not re.search("allocate memory|overflowed", str(e)):
+            raise
+        fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        while LOCKS:
+            os.close(LOCKS.popitem()[1])
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 class Run:
-    """One run: its directory, checkpoint, log, progress bar, budget and stop signals. Only rank 0 writes.
+    """A run's folder, clock, log and processes. What is random in a step follows from (seed, step, rank) alone."""
 
-    Everything random in a step follows from (seed, step, rank), so that the step stands for all states of generators.
-    """
+    signal = 0  # the stop signal that has come
+    stepping = False  # whether it waits for the end of a step
+    out = "the run"
 
-    def __init__(self, cfg, given, free):
-        self.cfg, self.script, self.signal, self.saved = cfg, Path(__file__).stem, 0, {}
-        cfg.out = cfg.out or f"runs/{self.script}-{Path(cfg.dataset).name}"
-        self.out, self.path, self.metrics = Path(cfg.out), Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / "metrics.jsonl"
-        if cfg.resume or cfg.mode != "train":
-            self.load()
-            given = given | {"mode", "out", "resume", "overwrite"}
-            given |= {"steps", "minutes"} if {"steps", "minutes"} & given else set()
-            for name, value in self.saved["config"].items():
-                if name not in given:
-                    setattr(cfg, name, value)
-                elif name not in free and getattr(cfg, name) != value:
-                    fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {self.path} has {value}")
-        elif self.out.is_dir() and any(self.out.iterdir()) and not cfg.overwrite:
-            fail(f"--out {self.out}: is not empty; --resume continues a run, --overwrite replaces it")
-        self.step, self.seconds, self.facts = (self.saved.get(name, 0) for name in ("step", "seconds", "facts"))
-        self.device, self.rank, self.world = set_up(cfg)
-        self.scaler, self.sums = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16"), collections.Counter()
-        dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
-        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=cfg.amp != "off")
-
-    def load(self):
+    def __init__(self, cfg, saved):
+        self.cfg = cfg
+        self.saved = saved
+        self.sums = Counter()
+        self.out = Run.out = Path(cfg.out)
+        self.folder = self.out / "sampled" if cfg.mode == "sample" else self.out  # of results
+        self.step, self.seconds, self.log_size = (saved.get(name, 0) for name in ("step", "seconds", "log_size"))
+        vars(self).update(saved.get("facts", {}))  # shape, classes, names and train_images of the data
+        self.rank, local, self.world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        kind = there[0] if cfg.device == "auto" else cfg.device
+        if kind not in there:
+            fail(f"--device {kind}: not available here, there is {', '.join(there)}")
+        if cfg.batch_size % self.world:
+            fail(f"--batch-size {cfg.batch_size}: cannot be split over {self.world} processes")
+        mode = os.environ.get("M2_KERNELS", "auto") if cfg.kernels == "auto" else cfg.kernels
         try:
-            saved = self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            fail(f"--out {self.out}: there is no checkpoint.pt in it")
-        except Exception as e:  # whatever a damaged or hostile file raises: nothing in it is run
-            fail(f"{self.path}: not a whole checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:80]})")
-        if not isinstance(saved, dict) or saved.get("format") != 1 or not {"script", "config", "step", "facts"} <= saved.keys():
-            fail(f"{self.path}: not a checkpoint of a run in format 1 (weights alone, or another version)")
-        if saved["script"] != self.script:
-            fail(f"{self.path}: is a checkpoint of {saved['script']}.py, not of {self.script}.py")
-        if fields := saved["config"].keys() ^ {f.name for f in dataclasses.fields(self.cfg)}:
-            fail(f"{self.path}: of another version, whose config differs in {', '.join(sorted(fields))}")
+            import kernels
+            kernels.choose(mode, kind)
+        except (ImportError, AttributeError):  # PyPI has an unrelated package of this name
+            if mode == "triton":
+                fail("--kernels triton: the folder kernels/ is not beside this script")
+        self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        if self.world > 1 and not dist.is_initialized():
+            if kind == "cuda":
+                torch.cuda.set_device(local)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
+        self.autocast = partial(torch.autocast, kind, dtype, enabled=cfg.amp != "off")
+        self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
+        self.lock()
+        torch.manual_seed(cfg.seed)  # of the weights that the networks start from
 
-    def describe(self, data):
-        """Note what the data is; a checkpoint of other data is refused."""
-        self.facts = {"shape": list(data.train.shape[1:]), "classes": data.classes, "train_images": len(data.train)}
-        if self.saved and self.saved["facts"] != self.facts:
-            fail(f"--dataset {self.cfg.dataset}: is {self.facts}, the run in {self.path} had {self.saved['facts']}")
+    def lock(self):
+        """Refuse a folder that another process writes to."""
+        if self.rank == 0 and self.out.is_dir() and self.out not in LOCKS:
+            try:
+                LOCKS[self.out] = os.open(self.out, os.O_RDONLY)
+                import fcntl
+                fcntl.flock(LOCKS[self.out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--out {self.out}: another process is writing to it")
+            except (ImportError, OSError):  # Windows, or a file system without locks
+                pass
 
-    def restore(self, parts):
-        """Load each named part from the checkpoint, if there is one, and from now on catch stop signals."""
-        for name, part in parts.items() if self.saved else ():
-            if name not in self.saved:
-                fail(f"{self.path}: holds no {name}")
-            part.load_state_dict(self.saved[name])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+    def describe(self, data, labels=True):
+        """Say what the data is, which must be the checkpoint's -> data, cut as --no-labels and --eval-images want it."""
+        if not labels:
+            data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, names=())
+        facts = {"shape": list(data.train.shape[1:]), "classes": len(data.names), "names": list(data.names)}
+        facts["train_images"] = len(data.train)
+        if self.saved and self.saved["facts"] != facts:
+            fail(f"--dataset {self.cfg.dataset}: is {facts}, the run in {self.out} had {self.saved['facts']}")
+        self.facts = facts
+        vars(self).update(facts)
+        self.labels(1)
+        total = len(data.test)
+        n = min(self.cfg.eval_images or total, total)
+        self.tested = f"{f'the first {n} of' if n < total else 'all'} {total} test images"
+        if self.rank == 0:
+            names = f"{len(data.names)} classes: {', '.join(data.names[:20])}{', ...' * (len(data.names) > 20)}"
+            print(f"{self.cfg.dataset}: {len(data.train)} images to train on, {total} to test on, of "
+                  f"{' x '.join(map(str, self.shape))}; {names if data.names else 'no classes'}{data.note}")
+        return data._replace(test=data.test[:n], test_labels=data.test_labels[:n])
+
+    def labels(self, n):
+        """The classes (n,) to sample: all in turn, or --label by its name or number."""
+        label = getattr(self.cfg, "label", None)
+        if label is None:
+            return torch.arange(n) % max(self.classes, 1)
+        known = self.names + [str(i) for i in range(self.classes)]
+        if label not in known:
+            fail(f"--label {label}: the model knows {self.classes} classes: {', '.join(self.names)}")
+        return torch.full((n,), known.index(label) % self.classes)
 
     def begin(self, parts):
-        """Restore, lay out the directory and save once: what cannot be written is found before any training."""
-        self.restore(parts | {"scaler": self.scaler})
+        """Restore the parts, or start from --init; save; only then clear away what is not of this run."""
+        if self.saved:
+            restore(parts, self.saved, self.out)
+        elif self.cfg.init:
+            _, other = read_run(self.cfg.init)
+            for name, net in ((name, part) for name, part in parts.items() if isinstance(part, nn.Module)):
+                theirs = other.get(f"ema_{name.removeprefix('ema_')}") or other.get(name, {})  # averaged, where it is
+                ours = net.state_dict()
+                fits = {key: value for key, value in theirs.items() if key in ours and ours[key].shape == value.shape}
+                net.load_state_dict(fits, strict=False)
+                odd = sorted((ours.keys() | theirs.keys()) - fits.keys())
+                print(f"--init {self.cfg.init}: {name}" + f", but for what does not fit: {', '.join(odd)}" * bool(odd))
         if self.rank == 0:
-            lines = [m for m in self.read_metrics() if m["step"] <= self.step and "final" not in m] if self.saved else []
-            for old in () if self.saved else self.out.glob("samples/step_*.png"):
-                old.unlink()
-            write(self.metrics, lambda f: f.write("".join(json.dumps(m) + "\n" for m in lines).encode()))
-            write(self.out / "config.json", lambda f: f.write(json.dumps(dataclasses.asdict(self.cfg), indent=1).encode()))
-        self.save(parts)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.save(parts)  # what cannot be written is found before any training
+            done = f"{self.step:012d}" if self.saved else ""
+            late = [f for f in self.out.glob("samples/step_*.png") if f.stem[5:].zfill(12) > done]
+            for path in (*late, *self.out.glob("*.[0-9]*.part"), *self.out.glob("s*/*.[0-9]*.part")):
+                path.unlink()
+            with open(self.out / "metrics.jsonl", "ab") as f:  # lines beyond the checkpoint are written again
+                f.truncate(min(f.tell(), self.log_size))
+            write(self.out / "config.json", lambda f: f.write(json.dumps(vars(self.cfg) | self.facts, indent=1).encode()))
+            print(f"{self.out}: settings in config.json, a line every {self.cfg.log_every} steps in metrics.jsonl, "
+                  f"checkpoint.pt and samples.png every {self.cfg.save_every}")
+            if self.step >= (self.cfg.steps or math.inf):
+                print(f"step {self.step}: --steps {self.cfg.steps} leaves nothing to train")
+        self.saved = None
+        self.start = time.monotonic() - self.seconds
 
     def save(self, parts):
         if self.rank == 0:
-            state = {name: part.state_dict() for name, part in (parts | {"scaler": self.scaler}).items()}
-            state |= {"format": 1, "script": self.script, "config": dataclasses.asdict(self.cfg), "facts": self.facts,
-                      "step": self.step, "seconds": self.seconds}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"format": 2, "script": Path(__file__).stem, "config": vars(self.cfg), "facts": self.facts}
+            state |= {name: getattr(self, name) for name in ("step", "seconds", "log_size")}
             torch.save(state, buffer := io.BytesIO())
-            write(self.path, lambda f: f.write(buffer.getbuffer()))
+            write(self.out / "checkpoint.pt", lambda f: f.write(buffer.getbuffer()))
 
-    def on_signal(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
+    def steps(self, parts, preview, until=math.inf):
+        """Yield step after step until --steps, --minutes, `until` or a stop signal; self.step counts the one under way as done.
 
-    def check(self):
-        """Exit if a stop signal has come; called between the batches of evaluation and sampling."""
-        if self.signal:
-            fail(f"stopped by {signal.Signals(self.signal).name}; --resume continues {self.out}", 128 + self.signal)
-
-    def steps(self):
-        """Yield step after step until --steps, --minutes or a stop signal; self.step counts the one under way as done."""
-        start, minutes, steps = time.monotonic() - self.seconds, self.cfg.minutes or math.inf, self.cfg.steps or math.inf
-        form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
-        with tqdm(total=100, disable=self.rank > 0 or None, desc=self.script, bar_format=form) as self.bar:
+        Parts are restored before and saved meanwhile; after a save preview() -> images (N,C,H,W) uint8 is the newest grid.
+        """
+        parts = parts | {"scaler": self.scaler}
+        if self.saved is not None:
+            self.begin(parts)
+        last = self.step
+        Run.stepping = True
+        with progress(what=Path(__file__).stem, total=100, disable=self.rank > 0) as self.bar:
             while True:
-                self.seconds = time.monotonic() - start
+                state = torch.tensor([time.monotonic() - self.start, Run.signal], dtype=torch.float64)
                 if self.world > 1:  # all processes stop at the same step
-                    state = torch.tensor([self.seconds, self.signal], device=self.device)
+                    state = state.to(self.device)
                     dist.all_reduce(state, dist.ReduceOp.MAX)
-                    self.seconds, self.signal = state[0].item(), int(state[1])
-                progress = max(self.step / steps, self.seconds / (60 * minutes))
-                self.bar.update(100 * min(progress, 1) - self.bar.n)
-                if self.signal or progress >= 1:
-                    return
+                self.seconds = state[0].item()
+                number = int(state[1])
+                done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
+                self.bar.update(100 * min(done, 1) - self.bar.n)
+                self.over = number > 0 or done >= 1
+                if self.over or self.step >= until:
+                    break
                 torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]))
                 self.step += 1
                 yield self.step - 1
+                if self.step % self.cfg.save_every == 0:
+                    self.save(parts)
+                    last = self.step
+                    if self.rank == 0 and not Run.signal:
+                        Run.stepping = self.world > 1  # one process need not wait for the grid
+                        images = preview()
+                        save_grid(images, self.out / f"samples/step_{self.step:06d}.png")
+                        save_grid(images, self.out / "samples.png")
+                        Run.stepping = True
+        if last < self.step:
+            self.save(parts)
+        Run.stepping = False
+        if number := number or Run.signal:
+            fail(f"stopped by {signal.Signals(number).name}; --resume continues {self.out}", 128 + number)
 
     def batch(self, data):
         """This process's share of the step's images and labels: the next of an endless row of shuffles of the data."""
-        n, B = len(data.train), self.cfg.batch_size
+        n = len(data.train)
+        B = self.cfg.batch_size
         at = torch.arange(self.rank, B, self.world) + (self.step - 1) * B
         index = torch.cat([shuffle(n, self.cfg.seed, e)[at[at // n == e] % n] for e in (at // n).unique().tolist()])
         return data.train[index].to(self.device), data.train_labels[index].to(self.device)
@@ -867,9 +1123,10 @@ class Run:
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm(grads.values())
         if not loss.isfinite() or not norm.isfinite() and self.scaler.get_scale() <= 1:  # fp16 first tries smaller scales
-            bad = next((name for name, grad in grads.items() if not grad.isfinite().all()), "none")
-            fail(f"step {self.step}: loss {loss.item()}, first bad gradient that of {bad}; {self.path} is the last good "
-                 f"checkpoint, a smaller {rate} may help", 1)
+            bad = next((f"first bad gradient that of {name}" for name, grad in grads.items() if not grad.isfinite().all()),
+                       f"gradient norm {norm.item()}, though each gradient is finite")
+            fail(f"step {self.step}: loss {loss.item()}, {bad}; {self.out / 'checkpoint.pt'} is the last good checkpoint, "
+                 f"a smaller {rate} may help", 1)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -877,103 +1134,79 @@ class Run:
 
     def log(self, **metrics):
         """Average metrics, the loss among them, into a line of metrics.jsonl every --log-every steps."""
+        if self.sums.keys() - {"count"} != metrics.keys():  # another stage of training
+            self.sums.clear()
         self.sums.update({name: torch.as_tensor(value).detach() for name, value in metrics.items()} | {"count": 1})
         if self.step % self.cfg.log_every == 0:
             means = {name: float(total) / self.sums["count"] for name, total in self.sums.items() if name != "count"}
             self.sums.clear()
             self.write_metrics(**means)
-            self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {self.step / self.seconds:.1f} steps/s")
+            rate = self.step / max(self.seconds, 1e-9)
+            self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {rate:.1f} steps/s", refresh=False)
 
-    def read_metrics(self):
-        """The lines of metrics.jsonl but those that a crash or a full disk cut short."""
-        lines = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+    def write_metrics(self, final=False, **metrics):
+        """Append a line to metrics.jsonl. What is not finite becomes null, and ends the program where it is a test figure."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        line = {"step": self.step, "seconds": round(self.seconds, 3)} | metrics | dict.fromkeys(bad)
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path if self.rank == 0 else os.devnull, "a+b") as f:
+                f.seek(max(f.tell() - 1, 0))
+                torn = f.read() not in (b"", b"\n")  # the last line was cut short
+                f.write(b"\n" * torn + json.dumps(line | {"final": True} if final else line).encode() + b"\n")
+                self.log_size = f.tell()
+        except OSError as e:
+            fail(f"cannot write {path}: {e.strerror or e}", 1)
+        if final and bad:
+            fail(f"test figures that are not finite: {', '.join(bad)}", 1)
 
-    def write_metrics(self, **metrics):
-        if self.rank == 0:
-            try:
-                with open(self.metrics, "a") as f:
-                    f.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3)} | metrics) + "\n")
-            except OSError as e:
-                fail(f"cannot write {self.metrics}: {e.strerror or e}", 1)
-
-    def show(self, images):
-        """The newest grid: samples.png, and samples/ under its step."""
-        for name in (f"samples/step_{self.step:06d}.png", "samples.png") if self.rank == 0 else ():
-            save_grid(images, self.out / name, 10)
-
-    def curves(self):
-        """Every metric against the step, as curves.png."""
-        if self.rank == 0:
-            from matplotlib.figure import Figure
-
-            lines = self.read_metrics()
-            names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in ("step", "seconds")]
-            figure = Figure((4 * max(len(names), 1), 3), layout="tight")
-            for i, name in enumerate(names):
-                axis = figure.add_subplot(1, len(names), i + 1, title=name, xlabel="step")
-                axis.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
-            write(self.out / "curves.png", lambda f: figure.savefig(f, format="png"))
-
-
-def launch(main):
-    """main(), with what the machine refuses (files, memory, kernels) said in one line."""
-    try:
-        main()
-    except OSError as e:
-        fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
-    except (MemoryError, RuntimeError) as e:
-        if "kernels.mode is 'triton'" in str(e):
-            fail(f"--kernels triton: {e}")
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
-            raise
-        fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def write_samples(self, images, labels=None, how=""):
+        """samples.npz: images uint8 (N,H,W,C) and labels (N,); samples.png: a grid of the first 80."""
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if self.classes else {})
+        what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (self.classes > 0)}{how}"
+        write(self.folder / "samples.npz", lambda f: np.savez_compressed(f, **arrays), what)
+        save_grid(images[:80], self.folder / "samples.png", what=f"the first {min(len(images), 80)} of them")
 
 
 # ======== end of the plumbing ========================================================================================
 
 
+def build(shape, cfg):
+    """The network for images of this shape (C,H,W), with the weights that --seed draws."""
+    choose(cfg, *shape[1:])
+    return VAE(*shape, cfg).to(memory_format=torch.channels_last)
+
+
+def load(folder, device="cpu"):
+    """The averaged network of the run in a folder, ready to sample, and its config.
+
+    model, cfg = vae.load("runs/vae-digits")
+    images = vae.sample(model, 20, cfg)  # in [-1,1]
+    vae.save_grid(vae.to_uint8(images), "samples.png")
+    """
+    cfg, saved = read_run(folder)
+    model = build(saved["facts"]["shape"], cfg)
+    restore({"ema_model": model}, saved, folder)
+    return model.to(device).eval().requires_grad_(False), cfg
+
+
 def main(argv=None):
-    cfg, given = parse_args(Config, argv)
-    if cfg.steps is None and cfg.minutes is None:
-        cfg.steps = 2000
-    run = Run(cfg, given, FREE)
+    cfg, saved = parse_args(argv)
+    run = Run(cfg, saved)
     if cfg.mode != "sample":
-        data = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
-        run.describe(data)
-    C, H, W = run.facts["shape"]
-    choose(cfg, H, W)
-    torch.manual_seed(cfg.seed)
-    try:
-        model = VAE(C, H, W, cfg)
-    except ValueError as e:
-        fail(str(e))
-    model = model.to(run.device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+        data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), labels=False)
     if cfg.mode == "train":
-        train(model, ema, data, cfg, run)
-        run.curves()
-    else:
-        run.restore({"ema": ema})
+        train(data, cfg, run)
     if run.rank > 0:
         return
+    model, _ = load(cfg.out, run.device)
     if cfg.mode != "sample":
-        metrics = evaluate(ema, data, cfg, run)
+        metrics = evaluate(model, data, cfg, run)
         run.write_metrics(final=True, **metrics)
-        report(metrics, len(data.test), cfg)
-        show(ema, data, cfg, run)
+        report(metrics, len(data.test), cfg, run)
+        show(model, data, cfg, run)
     if cfg.mode != "eval":
-        images = generate(ema, cfg.num_samples, cfg, run)
-        write(run.out / "samples.npz", lambda f: np.savez_compressed(f, images=images.permute(0, 2, 3, 1).numpy()))
-        save_grid(images[:80], run.out / "samples.png", 10)
-        print(f"{len(images)} samples in {run.out / 'samples.npz'}, the first of them in {run.out / 'samples.png'}")
-    run.check()
+        run.write_samples(generate(model, cfg.num_samples, cfg, run))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import autoregressive
 import tiny
 from autoregressive import Autoregressive, Config, draw, log_likelihood, log_prob, patchify, sample, unpatchify
 
-ARCHS = {"pixelcnn": {"arch": "pixelcnn"}, "mask only": {"arch": "pixelcnn", "mask_only": True},
-         "transformer": {"arch": "transformer"}, "made": {"arch": "made"}}
-SMALL = {"output": "bernoulli", "dropout": 0.0, "width": 8, "blocks": 2, "hidden": 24, "n_head": 2, "patch": 1, "mixtures": 2}
+ARCHS = {"pixelcnn": {"arch": "pixelcnn"}, "transformer": {"arch": "transformer"}, "made": {"arch": "made", "width": 100}}
+SMALL = {"output": "bernoulli", "dropout": 0.0, "width": 8, "blocks": 2, "n_head": 2, "patch": 1, "mixtures": 2}
 OUTPUTS = ("bernoulli", "softmax", "mixture")
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 every_output = pytest.mark.parametrize("output", OUTPUTS)
@@ -48,7 +47,7 @@ def levels(net, *shape):
 @pytest.mark.parametrize("train", [False, True])
 def test_trunk_is_strictly_causal(arch, train):
     """The Jacobian of the features of each position in the positions, by autograd."""
-    net, _ = build((2, 4, 5), arch, width=16, hidden=200, dropout=0.5)
+    net, _ = build((2, 4, 5), arch, width=200 if arch == "made" else 16, dropout=0.5)
     net.train(train)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: net.trunk(x, torch.tensor([1])), x)  # (1,F,4,5,1,2,4,5)
@@ -59,20 +58,11 @@ def test_trunk_is_strictly_causal(arch, train):
 
 @pytest.mark.parametrize("arch", ["pixelcnn", "transformer", "made"])
 def test_there_is_no_blind_spot(arch):
-    net, _ = build((1, 4, 5), arch, blocks=1 if arch == "made" else 6, width=16, hidden=200)
+    net, _ = build((1, 4, 5), arch, **{"blocks": 1, "width": 200} if arch == "made" else {"blocks": 6, "width": 16})
     x = torch.randn(1, 1, 4, 5, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: net.trunk(x, torch.tensor([1])), x)
     seen = jacobian.abs().sum((0, 1, 4, 5)).view(20, 20)
     assert (seen[torch.ones(20, 20).tril(-1).bool()] > 0).all()
-
-
-def test_masked_convolutions_alone_have_one():
-    """Gated PixelCNN, fig. 1: what lies above on the right, outside the cone of the kernels, is not seen at any depth."""
-    net, _ = build((1, 4, 9), "mask only", blocks=8)
-    x = torch.randn(1, 1, 4, 9, dtype=torch.float64, requires_grad=True)
-    seen = torch.autograd.grad(net.trunk(x, torch.tensor([1]))[0, :, 2, 1].sum(), x)[0][0, 0]
-    assert (seen[1, 6:] == 0).all() and (seen[0, 8:] == 0).all()
-    assert seen[1, 2] != 0 and seen[0, 0] != 0
 
 
 @every_arch
@@ -190,10 +180,24 @@ def test_a_step_gives_the_features_of_a_pass(arch, B, H, W):
     x, y = torch.randn(B, 2, H, W, dtype=torch.float64), torch.arange(B) % 3
     with torch.no_grad():
         whole, so_far = net.trunk(x, y), torch.zeros_like(x)
-        cache = autoregressive.CACHES[type(net.trunk)](net.trunk, so_far, y)
+        cache = autoregressive.CACHES[arch](net.trunk, so_far, y)
         for i, j in itertools.product(range(H), range(W)):
             assert_close(cache.step(so_far, i, j), whole[:, :, i, j])
             so_far[:, :, i, j] = x[:, :, i, j]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_head_pixel_by_pixel(output, n):
+    """At one position, from the pixels before alone, what a pass of the head gives there."""
+    net, _ = build((n, 2, 3), output=output)
+    x, h = levels(net, 4, n, 2, 3), torch.randn(4, net.trunk.features, 2, 3, dtype=torch.float64)
+    whole = net.head(h, net.embed(x) if net.embedding else None)
+    for i, j, c in itertools.product(range(2), range(3), range(n)):
+        e = net.embedding(x[:, :, i, j]) if net.embedding else None
+        if n > 1:
+            e[:, c:] = 0  # not drawn yet
+        assert_close(net.head.pixel(*net.head.at(h[:, :, i, j]), e, c), whole[:, c, :, i, j])
 
 
 @every_output
@@ -277,7 +281,7 @@ def test_low_temperature_gives_the_mode():
 # ---- the script
 
 TINY = [*tiny.TINY["autoregressive"].split(),
-        *"--hidden 32 --steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
+        *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
 
 
 @pytest.fixture()
@@ -291,15 +295,15 @@ def final(out):
 
 
 @pytest.mark.parametrize("flags", [
-    "--arch pixelcnn --patch 1", "--arch made --output mixture", "--arch pixelcnn --mask-only --kernel 5",
+    "--arch pixelcnn --patch 1", "--arch made --width 32 --output mixture", "--arch pixelcnn --kernel 5",
     "--image-size 11 --patch 4",
-    "--output softmax --temperature 0.5", "--output mixture --mixtures 2 --sampler jacobi", "--binarize static --no-labels",
+    "--output softmax --temperature 0.5", "--output mixture --mixtures 2 --sampler jacobi", "--no-labels --eval-images 3",
     "--complete top --sampler naive", "--complete right --label 3", "--complete bottom --output softmax", "--amp bf16",
-    "--complete left --no-labels --arch made", "--dropout 0.2 --minutes 0.02", "--kernels torch"])
+    "--complete left --no-labels --arch made --width 32", "--dropout 0.2 --minutes 0.02", "--kernels torch"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     autoregressive.main([*TINY, "--out", str(out), *flags.split()])
-    names = {"config.json", "metrics.jsonl", "samples.png", "curves.png", "checkpoint.pt", "samples.npz"}
+    names = {"config.json", "metrics.jsonl", "samples.png", "checkpoint.pt", "samples.npz"}
     assert names <= {p.name for p in out.iterdir()}
     images = np.load(out / "samples.npz")["images"]
     assert images.shape[0] == 4 and images.dtype == np.uint8
@@ -312,7 +316,7 @@ def test_every_option_runs(digits, tmp_path, flags):
 def test_completions_are_of_the_binarised_test_images(digits, tmp_path, monkeypatch):
     """Which --seed has no part in: it draws what is missing."""
     grids = {}
-    monkeypatch.setattr(autoregressive, "save_grid", lambda images, path, columns: grids.update({path.name: images}))
+    monkeypatch.setattr(autoregressive, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
     autoregressive.main([*TINY, "--out", str(tmp_path / "run"), "--complete", "top", "--seed", "3"])
     x = torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test
     rows = grids["complete.png"].unflatten(0, (-1, 6)) == 255  # the image, its half, four completions
@@ -355,7 +359,7 @@ def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path, monkeypa
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     cfg = Config(**saved["config"])
     net = Autoregressive(4, 4, 4, 10, cfg)  # patches of 2 x 2
-    net.load_state_dict(saved["ema"])
+    net.load_state_dict(saved["ema_model"])
     x = (torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test).long()
     p = sum(log_likelihood(net.eval(), x, torch.full((8,), y), cfg).double().exp() / 10 for y in range(10))
     assert final(out)["test_nats"] == pytest.approx(-p.log().mean().item(), rel=1e-5)
@@ -364,26 +368,55 @@ def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path, monkeypa
     assert final(out)["test_nats_given_label"] == pytest.approx(given, rel=1e-5)
 
 
-def test_dynamic_binarisation_draws_anew_and_static_does_not(digits, tmp_path, monkeypatch):
-    seen = {}
+def test_each_step_binarises_anew(digits, tmp_path, monkeypatch):
+    """Every step sees the same images here, and no two steps the same binary ones; their mean is that of the images."""
+    seen = []
     inner = autoregressive.log_likelihood
 
     def record(net, x, y, cfg):
         if net.training:
-            seen.setdefault(cfg.binarize, []).append(x)
+            seen.append(x)
         return inner(net, x, y, cfg)
 
     monkeypatch.setattr(autoregressive, "log_likelihood", record)
     monkeypatch.setattr(autoregressive.Run, "batch", lambda run, data: (data.train[:16], data.train_labels[:16]))
-    for kind in ("dynamic", "static"):
-        autoregressive.main([*TINY, "--out", str(tmp_path / kind), "--binarize", kind])
-    assert all(torch.equal(x, seen["static"][0]) for x in seen["static"])
-    assert not torch.equal(seen["dynamic"][0], seen["dynamic"][1])
+    autoregressive.main([*TINY, "--out", str(tmp_path / "run")])
+    assert len(seen) == 4 and not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
     mean = torch.stack([autoregressive.to_levels(digits.train, Config(output="bernoulli")).double() for _ in range(30)]).mean()
     assert mean.item() == pytest.approx((digits.train / 255).mean().item(), abs=2e-3)
 
 
-@pytest.mark.parametrize("flags", ["--kernel 4", "--label 10", "--label 1 --no-labels", "--mask-only", "--label -1",
+@pytest.mark.parametrize("flags", ["", "--arch pixelcnn --output softmax", "--arch made --output mixture --no-labels"])
+def test_load_gives_what_the_run_sampled(digits, tmp_path, flags):
+    """The averaged network, frozen and in eval mode: from the same noise and labels the images that main wrote."""
+    out = tmp_path / "run"
+    autoregressive.main([*TINY, *flags.split(), "--out", str(out), "--num-samples", "12"])
+    model, cfg = autoregressive.load(out)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(value, saved["ema_model"][name]) for name, value in model.state_dict().items())
+    noise = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(cfg.seed))
+    y = torch.arange(12) % 10 if cfg.labels else torch.zeros(12, dtype=torch.long)
+    images = autoregressive.to_pixels(sample(model, y, noise, cfg)[0], cfg)
+    written = np.load(out / "samples.npz")["images"]
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), written) and len(np.unique(written)) > 1
+
+
+def test_sampling_flags_are_free_on_a_trained_model(digits, tmp_path):
+    """--mode sample with another sampler writes the same images, with another label or temperature others."""
+    out = tmp_path / "run"
+    autoregressive.main([*TINY, "--out", str(out), "--num-samples", "12"])
+    first = np.load(out / "samples.npz")["images"]
+    found = {}
+    for flags in ("--sampler jacobi", "--label 3", "--temperature 0.5"):
+        autoregressive.main(["--mode", "sample", "--out", str(out), *flags.split()])
+        found[flags] = np.load(out / "sampled" / "samples.npz")
+    assert np.array_equal(found["--sampler jacobi"]["images"], first)
+    assert set(found["--label 3"]["labels"]) == {3} and not np.array_equal(found["--label 3"]["images"], first)
+    assert not np.array_equal(found["--temperature 0.5"]["images"], first)
+
+
+@pytest.mark.parametrize("flags", ["--kernel 4", "--label 10", "--label 1 --no-labels", "--kernel 1", "--label -1",
                                    "--temperature 0", "--n-head 3 --arch transformer", "--patch 9"])
 def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -396,6 +429,18 @@ def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
 def test_what_output_is_chosen(dataset, output):
     assert autoregressive.choose(Config(dataset=dataset), 8, 8).output == output
     assert autoregressive.choose(Config(dataset=dataset, output="mixture"), 8, 8).output == "mixture"
+
+
+@pytest.mark.parametrize("H, W, patch", [(1, 1, 1), (1, 5, 2), (8, 8, 2), (15, 40, 2), (16, 16, 4), (33, 49, 4)])
+def test_what_patch_is_chosen(H, W, patch):
+    assert autoregressive.choose(Config(), H, W).patch == patch
+    assert autoregressive.choose(Config(patch=1), H, W).patch == 1
+
+
+def test_what_width_is_chosen():
+    widths = {arch: autoregressive.choose(Config(arch=arch), 8, 8).width for arch in autoregressive.TRUNKS}
+    assert widths == {"transformer": 128, "pixelcnn": 64, "made": 1000}
+    assert autoregressive.choose(Config(arch="made", width=7), 8, 8).width == 7
 
 
 def test_dropout_is_for_digits_alone_unless_asked_for():

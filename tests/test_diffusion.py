@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import diffusion
 import tiny
-from diffusion import Config, UNet, choose, coefficients, denoise, elbo, q_sample, sample, time_of
+from diffusion import Config, UNet, choose, denoise, elbo, level_at, q_sample, sample, time_of
 from tools.evaluate import evaluate
 
 SCHEDULES, TARGETS = list(diffusion.SCHEDULES), list(diffusion.TARGETS)
@@ -22,11 +22,15 @@ def config(**fields):
     return choose(Config(**fields))
 
 
+def level(t, cfg):
+    return diffusion.SCHEDULES[cfg.schedule].level(t)
+
+
 def oracle(x, cfg):
     """The network that knows x: what --predict asks for, worked out from x_t by solving for eps."""
 
     def net(x_t, t, y=None):
-        a, s, da, ds = (c.view(-1, 1, 1, 1) for c in diffusion.SCHEDULES[cfg.schedule][0](t.double()))
+        a, s, da, ds = (c.view(-1, 1, 1, 1) for c in level(t.double(), cfg))
         x0 = x(x_t, a, s) if callable(x) else x
         eps = (x_t - a * x0) / s
         out = {"eps": eps, "x": x0 + 0 * eps, "v": a * eps - s * x0, "velocity": da * x0 + ds * eps}[cfg.predict]
@@ -53,7 +57,7 @@ def posterior_mean(histogram):
 def test_schedule(schedule):
     cfg = config(schedule=schedule)
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
-    a, s, da, ds = coefficients(t, cfg)
+    a, s, da, ds = level(t, cfg)
     assert_close(torch.autograd.grad(a.sum(), t, retain_graph=True)[0], da)
     assert_close(torch.autograd.grad(s.sum(), t, retain_graph=True)[0], ds)
     assert_close(time_of(2 * (a / s).log(), cfg), t)
@@ -67,7 +71,7 @@ def test_schedule(schedule):
 
 def test_linear_schedule_is_ddpms():
     betas = np.linspace(1e-4, 0.02, 1000)  # Ho et al. 2020, sec. 4
-    a = coefficients(torch.arange(1, 1001, dtype=torch.float64) / 1000, config(method="ddpm"))[0]
+    a = level(torch.arange(1, 1001, dtype=torch.float64) / 1000, config(method="ddpm")).alpha
     assert_close(a.numpy() ** 2, np.cumprod(1 - betas), atol=2e-3, rtol=0)
 
 
@@ -76,7 +80,7 @@ def test_q_sample_moments(schedule):
     cfg, n = config(schedule=schedule), 200_000
     x, t = torch.full((n, 1, 1, 1), 0.7, dtype=torch.float64), torch.full((n,), 0.4)
     x_t = q_sample(x, t, torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), cfg)
-    a, s = (c.item() for c in coefficients(t[:1], cfg)[:2])
+    a, s = (c.item() for c in level(t[:1], cfg)[:2])
     assert abs(x_t.mean().item() - 0.7 * a) < 5 * s / n**0.5
     assert abs(x_t.std().item() - s) < 5 * s / n**0.5
 
@@ -87,7 +91,7 @@ def test_predictions_convert_into_each_other(schedule, predict):
     cfg = config(schedule=schedule, predict=predict)
     x, eps = torch.rand(7, 2, 3, 5, dtype=torch.float64) * 2 - 1, torch.randn(7, 2, 3, 5, dtype=torch.float64)
     t = time_of(torch.linspace(diffusion.MIN_LOGSNR, diffusion.MAX_LOGSNR, 7), cfg)
-    a, s, da, ds = coefficients(t, cfg, x)
+    a, s, da, ds = level_at(t, cfg, x)
     out = {"eps": eps, "x": x, "v": a * eps - s * x, "velocity": da * x + ds * eps}[predict]
     x_hat, eps_hat = denoise(lambda x_t, t, y: out, q_sample(x, t, eps, cfg), t, None, cfg)
     assert_close(x_hat, x, atol=1e-6, rtol=1e-6)
@@ -99,7 +103,7 @@ def test_predictions_convert_into_each_other(schedule, predict):
 @pytest.mark.parametrize("target", TARGETS)
 def test_loss_is_the_squared_error_of_the_target(schedule, predict, target):
     """An arbitrary network's loss in the units of any target, worked out from its x_hat and eps_hat."""
-    cfg = config(schedule=schedule, predict=predict, loss=target)
+    cfg = config(schedule=schedule, predict=predict, loss_on=target)
     x, eps = torch.rand(5, 1, 4, 4, dtype=torch.float64) * 2 - 1, torch.randn(5, 1, 4, 4, dtype=torch.float64)
     t = torch.linspace(0.05, 0.95, 5, dtype=torch.float64)
 
@@ -107,7 +111,7 @@ def test_loss_is_the_squared_error_of_the_target(schedule, predict, target):
         return torch.sin(3 * x_t) + t.view(-1, 1, 1, 1)
 
     x_hat, eps_hat = denoise(net, q_sample(x, t, eps, cfg), t, None, cfg)
-    a, s, da, ds = coefficients(t, cfg, x)
+    a, s, da, ds = level_at(t, cfg, x)
     wrong = {"eps": eps_hat - eps, "x": x_hat - x, "v": a * (eps_hat - eps) - s * (x_hat - x),
              "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}[target]
     assert_close(diffusion.loss(net, x, None, cfg, t, eps), (wrong**2).mean((1, 2, 3)))
@@ -141,7 +145,7 @@ def test_training_times(method):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_samplers_recover_an_oracle(schedule, predict, sampler, steps):
-    cfg = config(schedule=schedule, predict=predict, sampler=sampler, sampling_steps=steps)
+    cfg = config(schedule=schedule, predict=predict, sampler=sampler, nfe=steps)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(3, 2, 4, 5, dtype=torch.float64, generator=generator) * 2 - 1
     noise = torch.randn(x.shape, dtype=torch.float64, generator=generator)
@@ -150,17 +154,19 @@ def test_samplers_recover_an_oracle(schedule, predict, sampler, steps):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "heun"])
-def test_deterministic_samplers_stay_on_the_path(schedule, sampler):
+def test_deterministic_samplers_stay_on_the_path(schedule, sampler, monkeypatch):
     """With the oracle every latent on the way is alpha_s x + sigma_s eps, with the eps that it started from."""
-    cfg, seen = config(schedule=schedule, sampler=sampler, sampling_steps=9), []
+    cfg, seen = config(schedule=schedule, sampler=sampler, nfe=9), []
     x, eps = torch.rand(2, 1, 3, 3, dtype=torch.float64) * 2 - 1, torch.randn(2, 1, 3, 3, dtype=torch.float64)
-    start = q_sample(x, time_of([-4.0, -4.0], cfg), eps, cfg)
+    monkeypatch.setattr(diffusion, "MIN_LOGSNR", -4.0)
+    t_start = time_of([-4.0, -4.0], cfg)
+    start = q_sample(x, t_start, eps, cfg) / level_at(t_start, cfg, x).sigma  # what sample multiplies by sigma
 
     def see(x_t, t):
         seen.append((x_t, t))
         return x_t
 
-    sample(oracle(x, cfg), start, None, cfg, None, time_of(-4.0, cfg).item(), see)
+    sample(oracle(x, cfg), start, None, cfg, after_step=see)
     assert len(seen) == (5 if sampler == "heun" else 9)
     for x_t, t in seen:
         assert_close(x_t, q_sample(x, t.expand(2), eps, cfg), atol=1e-9, rtol=0)
@@ -169,11 +175,11 @@ def test_deterministic_samplers_stay_on_the_path(schedule, sampler):
 def discrete_chain(cfg, steps):
     """alpha-bar of DDPM's notation at the times the sampler visits, from the noise end to t = 0."""
     times = torch.linspace(time_of(diffusion.MIN_LOGSNR, cfg).item(), 0, steps + 1, dtype=torch.float64)
-    return times, coefficients(times, cfg)[0] ** 2
+    return times, level(times, cfg).alpha ** 2
 
 
 def test_ddim_against_equation_12():
-    cfg = config(method="cosine", sampler="ddim", sampling_steps=6)
+    cfg = config(method="cosine", sampler="ddim", nfe=6)
     net = lambda x_t, t, y: 0.3 * x_t + 0.1 * t.view(-1, 1, 1, 1).to(x_t)  # noqa: E731
     noise = 0.1 * torch.randn(4, 1, 2, 2, dtype=torch.float64)
     times, abar = discrete_chain(cfg, 6)
@@ -188,7 +194,7 @@ def test_ddim_against_equation_12():
 
 def test_ddpm_against_equations_6_and_7():
     """Ancestral sampling written with betas, as in the paper, and the same noise."""
-    cfg = config(method="cosine", sampler="ddpm", sampling_steps=5)
+    cfg = config(method="cosine", sampler="ddpm", nfe=5)
     net = lambda x_t, t, y: 0.3 * x_t  # noqa: E731
     noise = 0.1 * torch.randn(4, 1, 2, 2, dtype=torch.float64)
     times, abar = discrete_chain(cfg, 5)
@@ -208,11 +214,11 @@ def test_ddpm_against_equations_6_and_7():
 
 def test_dpm_solver_against_algorithm_2():
     """DPM-Solver++(2M) as the paper writes it, in half log SNR, first order in the last step."""
-    cfg = config(method="v", sampler="dpm++", sampling_steps=7)
+    cfg = config(method="v", sampler="dpm++", nfe=7)
     net = lambda x_t, t, y: 0.2 * x_t.cos()  # noqa: E731
     noise = torch.randn(4, 1, 2, 2, dtype=torch.float64)
     times = discrete_chain(cfg, 7)[0]
-    a, s, _, _ = coefficients(times, cfg)
+    a, s, _, _ = level(times, cfg)
     lam = (a / s).log()
     x, outs = s[0] * noise, []
     for i in range(7):
@@ -231,16 +237,17 @@ def test_dpm_solver_against_algorithm_2():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
-def test_samplers_converge_at_their_order(schedule, sampler, order):
+def test_samplers_converge_at_their_order(schedule, sampler, order, monkeypatch):
     """Gaussian data of standard deviation 0.1 with the exact denoiser: the exact ODE only scales, and is known."""
     std = 0.1
     noise = torch.linspace(-2, 2, 8, dtype=torch.float64).view(8, 1, 1, 1)
     errors = []
     for steps in (32, 64, 128):
         evaluations = 2 * steps - 1 if sampler == "heun" else steps
-        cfg = config(schedule=schedule, sampler=sampler, sampling_steps=evaluations)
+        cfg = config(schedule=schedule, sampler=sampler, nfe=evaluations)
         net = oracle(lambda x_t, a, s: std**2 * a / (std**2 * a**2 + s**2) * x_t, cfg)
-        start, end = time_of([-4.0, 4.0], cfg).tolist()
+        monkeypatch.setattr(diffusion, "MIN_LOGSNR", -4.0)
+        start, end = time_of([-4.0, 4.0], cfg)
         found = {}
 
         def stop(x_t, t, found=found, end=end):
@@ -248,16 +255,16 @@ def test_samplers_converge_at_their_order(schedule, sampler, order):
             found.setdefault("t", t) if t <= end else None
             return x_t
 
-        a, s, _, _ = (c.item() for c in coefficients(torch.tensor(start), cfg))
-        begin = (std**2 * a**2 + s**2) ** 0.5
-        sample(net, begin * noise, None, cfg, None, start, stop)
-        a, s, _, _ = (c.item() for c in coefficients(found["t"], cfg))
+        a, s, _, _ = level(start, cfg)
+        begin = (std**2 * a**2 + s**2) ** 0.5 / s  # sample multiplies by sigma
+        sample(net, begin * noise, None, cfg, after_step=stop)
+        a, s, _, _ = level(found["t"], cfg)
         errors.append((found["x"] - (std**2 * a**2 + s**2) ** 0.5 * noise).abs().max().item())
     assert errors[0] / errors[2] > 0.6 * 4**order, errors
 
 
 def test_guidance():
-    cfg = config(schedule="cosine", predict="eps", sampler="ddim", sampling_steps=3)
+    cfg = config(schedule="cosine", predict="eps", sampler="ddim", nfe=3)
 
     class Net:
         classes = 10
@@ -280,7 +287,7 @@ def test_guidance():
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
-def test_sampling_steps_count_network_evaluations(sampler, guidance):
+def test_nfe_counts_network_evaluations(sampler, guidance):
     calls = []
 
     class Net:
@@ -292,7 +299,7 @@ def test_sampling_steps_count_network_evaluations(sampler, guidance):
 
     for steps in (1, 2, 7, 20):
         calls.clear()
-        cfg = config(sampler=sampler, sampling_steps=steps, guidance=guidance)
+        cfg = config(sampler=sampler, nfe=steps, guidance=guidance)
         sample(Net(), torch.zeros(2, 1, 2, 2), torch.tensor([1, 7]), cfg)
         least = 2 if guidance == 1.5 else 1  # one step, whatever it takes
         assert max(steps - 3, least) <= len(calls) <= max(steps, least)
@@ -303,9 +310,9 @@ def test_sampling_steps_count_network_evaluations(sampler, guidance):
 
 @pytest.mark.parametrize("logsnr", [-2.0, 3.0, 6.0, 14.0])
 def test_decoder_sums_to_one(logsnr):
-    x_0 = torch.tensor([-30.0, -1.001, -1.0, 0.003, 0.999, 1.0, 5.0], dtype=torch.float64).view(1, 1, 1, 7)
+    x_seen = torch.tensor([-30.0, -1.001, -1.0, 0.003, 0.999, 1.0, 5.0], dtype=torch.float64).view(1, 1, 1, 7)
     histogram = torch.rand(256, dtype=torch.float64) ** 8 + 1e-9
-    total = sum(diffusion.decoder_log_prob(torch.full((1, 1, 1, 7), v, dtype=torch.uint8), x_0, logsnr, histogram).exp()
+    total = sum(diffusion.decoder_log_prob(torch.full((1, 1, 1, 7), v, dtype=torch.uint8), x_seen, logsnr, histogram).exp()
                 for v in range(256))
     assert_close(total, torch.ones_like(total))
 
@@ -317,13 +324,13 @@ def skewed():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("max_logsnr", [3.0, 6.0, 10.0])
+@pytest.mark.parametrize("decoder_logsnr", [3.0, 6.0, 10.0])
 @pytest.mark.parametrize(("histogram", "bits"), [(torch.ones(256), 8.0), (skewed(), None)])
-def test_elbo_of_known_distributions(schedule, max_logsnr, histogram, bits):
+def test_elbo_of_known_distributions(schedule, decoder_logsnr, histogram, bits):
     """Independent pixels with a known histogram: the exact denoiser makes the bound tight, wherever the chain ends."""
     if bits is None:
         bits = -(histogram * histogram.log2()).sum().item()
-    cfg = config(schedule=schedule, max_logsnr=max_logsnr, elbo_samples=8)
+    cfg = config(schedule=schedule, decoder_logsnr=decoder_logsnr, elbo_samples=8)
     torch.manual_seed(0)
     x = torch.multinomial(histogram, 64 * 64, replacement=True).view(64, 1, 8, 8).byte()
     bits_of_x = -(histogram / histogram.sum()).log2()[x.long()].mean().item()
@@ -335,7 +342,7 @@ def test_elbo_of_known_distributions(schedule, max_logsnr, histogram, bits):
 
 def test_elbo_of_gaussian_data():
     """Rounded Gaussian pixels with the Gaussian's own denoiser: the entropy, from the normal distribution function."""
-    std, cfg = 0.3, config(elbo_samples=16, max_logsnr=8.0)
+    std, cfg = 0.3, config(elbo_samples=16, decoder_logsnr=8.0)
     levels = np.arange(256) / 127.5 - 1
     edges = torch.from_numpy(np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])) / std
     p = torch.special.ndtr(edges).diff().float()
@@ -360,10 +367,7 @@ def test_elbo_is_the_same_whatever_is_predicted():
 
 
 class FakeRun:
-    device, step = torch.device("cpu"), 0
-
-    def check(self):
-        pass
+    device, shape = torch.device("cpu"), (1, 8, 8)
 
 
 def test_evaluate_weighs_every_test_image_alike(monkeypatch):
@@ -417,7 +421,7 @@ def test_wrong_heads_are_refused():
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
 def test_inpaint_keeps_what_is_known(sampler):
-    cfg = config(sampler=sampler, sampling_steps=6)
+    cfg = config(sampler=sampler, nfe=6)
     x, mask = torch.rand(2, 1, 4, 6, dtype=torch.float64) * 2 - 1, torch.zeros(1, 1, 4, 6, dtype=torch.float64)
     mask[..., :3] = 1
     out = diffusion.inpaint(oracle(0 * x + 0.25, cfg), x, mask, None, cfg, torch.Generator().manual_seed(0))
@@ -436,21 +440,10 @@ def test_masks(name, known, tmp_path):
     assert torch.equal(diffusion.read_mask(str(name), 5, 7), expected[None, None])
 
 
-def test_interpolate_ends_at_the_images():
-    """The oracle of each mixture is not known, but at a level of no noise the chain only gives the mixture back."""
-    cfg = config(sampler="ddim", sampling_steps=4)
-    x1, x2 = torch.full((2, 1, 3, 3), -0.8, dtype=torch.float64), torch.full((2, 1, 3, 3), 0.4, dtype=torch.float64)
-    net = oracle(lambda x_t, a, s: x_t / a, cfg)
-    out = diffusion.interpolate(net, x1, x2, None, cfg, torch.Generator().manual_seed(0), count=4, logsnr=30.0)
-    assert out.shape == (2, 4, 1, 3, 3)
-    expected = torch.tensor([-0.8, -0.4, 0.0, 0.4], dtype=torch.float64).view(1, 4, 1, 1, 1).expand_as(out)
-    assert_close(out, expected, atol=1e-4, rtol=0)
-
-
 # ---- training and its options, on the real digits
 
 
-TINY = ["--width", "8", "--blocks", "1", "--steps", "4", "--batch-size", "16", "--sampling-steps", "2", "--elbo-samples",
+TINY = ["--width", "8", "--blocks", "1", "--steps", "4", "--batch-size", "16", "--nfe", "2", "--elbo-samples",
         "1", "--num-samples", "4", "--log-every", "1", "--save-every", "3"]
 
 
@@ -462,28 +455,29 @@ def digits(monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     ["--method", "ddpm", "--sampler", "ddpm"], ["--method", "v", "--sampler", "ddim"], ["--method", "cosine"],
-    ["--predict", "x", "--loss", "eps", "--schedule", "cosine", "--times", "uniform"], ["--sampler", "heun"],
+    ["--predict", "x", "--loss-on", "eps", "--schedule", "cosine", "--times", "uniform"], ["--sampler", "heun"],
     ["--n-head", "0", "--dropout", "0.1"], ["--mults", "1", "--blocks", "2"], ["--patch", "2", "--mults", "1", "2", "2"],
-    ["--guidance", "2", "--label", "3"], ["--inpaint", "top", "--interpolate"], ["--amp", "bf16"], ["--image-size", "11"],
+    ["--guidance", "2", "--label", "3"], ["--inpaint", "top"], ["--no-labels"], ["--amp", "bf16"], ["--image-size", "11"],
     ["--minutes", "0.02"], ["--guidance", "1", "--sampler", "ddpm", "--log-every", "2"],
-    ["--kernels", "torch"], ["--warmup", "0"], ["--width", "9", "--n-head", "3"], ["--max-logsnr", "3"],
+    ["--kernels", "torch"], ["--warmup", "0"], ["--width", "9", "--n-head", "3"], ["--decoder-logsnr", "3"],
 ], ids=" ".join)
 def test_every_option_runs(digits, tmp_path, flags):
     diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags])
     run = tmp_path / "run"
-    names = {"config.json", "metrics.jsonl", "samples.png", "curves.png", "checkpoint.pt", "samples.npz"}
+    names = {"config.json", "metrics.jsonl", "samples.png", "checkpoint.pt", "samples.npz"}
     assert names <= {p.name for p in run.iterdir()}
     samples = np.load(run / "samples.npz")
     assert samples["images"].shape[0] == 4 and samples["images"].dtype == np.uint8
     if "--label" in flags:
         assert (samples["labels"] == 3).all()
     if "--inpaint" in flags:
-        assert (run / "inpaint.png").exists() and (run / "interpolations.png").exists()
+        assert (run / "inpaint.png").exists()
+    assert ("labels" in samples) == ("--no-labels" not in flags)
 
 
 @pytest.mark.parametrize("flags", ["--inpaint uper", "--label 10", "--n-head 3"])
 def test_bad_flags_are_one_line_before_any_training(flags, digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(diffusion, "train", lambda *args: pytest.fail("it trains"))
+    monkeypatch.setattr(diffusion.Run, "steps", lambda *args: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as stop:
         diffusion.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
     assert stop.value.code == 2 and flags.split()[0] in tiny.error_line(capsys.readouterr().err)
@@ -500,15 +494,41 @@ def test_the_bound_is_taken_in_eval_mode(digits, tmp_path):
 
 def test_the_averaged_weights_are_sampled_and_never_trained(digits, tmp_path):
     out = tmp_path / "run"
-    diffusion.main([*TINY, "--out", str(out), "--ema", "0.9"])
+    diffusion.main([*TINY, "--out", str(out), "--ema", "0.5"])
     saved = tiny.load_checkpoint(out)
-    assert any(not torch.equal(saved["ema"][k], saved["model"][k]) for k in saved["model"])
+    assert any(not torch.equal(saved["ema_model"][k], saved["model"][k]) for k in saved["model"])
     images = np.load(out / "samples.npz")["images"]
     for tensor in saved["model"].values():
-        tensor.fill_(math.nan)
+        tensor.fill_(100.0)
     torch.save(saved, out / "checkpoint.pt")
     diffusion.main(["--mode", "sample", "--out", str(out)])
-    assert np.array_equal(np.load(out / "samples.npz")["images"], images)
+    assert np.array_equal(np.load(out / "sampled" / "samples.npz")["images"], images)
+
+
+def test_load_gives_what_mode_sample_samples(digits, tmp_path):
+    """Three lines of Python, and the command line: the same images from the same noise."""
+    out = tmp_path / "run"
+    diffusion.main([*TINY, "--out", str(out), "--label", "3"])
+    diffusion.main(["--mode", "sample", "--out", str(out), "--num-samples", "5", "--seed", "0"])
+    wanted = np.load(out / "sampled" / "samples.npz")
+    model, cfg = diffusion.load(out)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    noise = torch.randn(5, 1, 8, 8, generator=generator)
+    images = diffusion.to_uint8(sample(model, noise, torch.full((5,), 3), cfg, generator))
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), wanted["images"]) and (wanted["labels"] == 3).all()
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    diffusion.save_grid(images, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size[0] > 5 * 8
+
+
+def test_without_labels_the_network_is_told_none(digits, tmp_path, capsys):
+    """The bound and the samples are unconditional, and so is what is said of them."""
+    out = tmp_path / "run"
+    diffusion.main([*TINY, "--out", str(out), "--no-labels", "--guidance", "2"])
+    model, cfg = diffusion.load(out)
+    said = capsys.readouterr().out
+    assert model.label is None and "test bits/dim" in said and "given the label" not in said
+    assert sample(model, torch.randn(2, 1, 8, 8), None, cfg).shape == (2, 1, 8, 8)
 
 
 def test_ema_follows_its_formula(digits, tmp_path, monkeypatch):
@@ -529,7 +549,7 @@ def test_ema_follows_its_formula(digits, tmp_path, monkeypatch):
         decay = (1 - 1 / (step + 1)) ** (1 / 0.3)
         average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
     assert len(history) == 4
-    for a, b in zip(average, tiny.load_checkpoint(tmp_path / "run")["ema"].values(), strict=True):
+    for a, b in zip(average, tiny.load_checkpoint(tmp_path / "run")["ema_model"].values(), strict=True):
         assert_close(a, b)
 
 

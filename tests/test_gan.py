@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from torch.testing import assert_close
 
 import gan
 import tiny
-from gan import LOSSES, Config, Discriminator, Generator, diversity, gradient_penalty, loss_d, loss_g, sample, wgan_penalty
+from gan import Config, Discriminator, Generator, diversity, gradient_penalty, loss_d, loss_g, sample, wgan_penalty
 from tools import gan_toy as toy
 from tools.evaluate import evaluate
 
-every_loss = pytest.mark.parametrize("loss", LOSSES)
+every_loss = pytest.mark.parametrize("loss", gan.LOSS_D)
 
 
 def build(shape=(1, 8, 8), classes=3, **fields):
@@ -99,13 +100,16 @@ def test_interpolation_is_one_place_for_each_image(monkeypatch):
 def test_losses_in_closed_form():
     real, fake = torch.randn(2, 7, dtype=torch.float64)
     p, q = torch.sigmoid(real), torch.sigmoid(fake)
-    assert_close(LOSSES["minimax"][0](real, fake), -torch.log(p) - torch.log(1 - q))  # GAN eq. 1
-    assert_close(LOSSES["minimax"][1](real, fake), torch.log(1 - q))
-    assert_close(LOSSES["nonsaturating"][1](real, fake), -torch.log(q))
-    assert_close(LOSSES["relativistic"][0](real, fake), -torch.log(torch.sigmoid(real - fake)))  # R3GAN eq. 2
-    assert_close(LOSSES["relativistic"][1](real, fake), -torch.log(torch.sigmoid(fake - real)))
-    assert_close(LOSSES["hinge"][0](real, fake), (1 - real).clamp(min=0) + (1 + fake).clamp(min=0))
-    assert_close(LOSSES["wgan-gp"][0](real, fake), fake - real)
+    assert_close(gan.LOSS_D["minimax"](real, fake), -torch.log(p) - torch.log(1 - q))  # GAN eq. 1
+    assert_close(gan.LOSS_G["minimax"](real, fake), torch.log(1 - q))
+    assert_close(gan.LOSS_G["nonsaturating"](real, fake), -torch.log(q))
+    assert_close(gan.LOSS_D["relativistic"](real, fake), -torch.log(torch.sigmoid(real - fake)))  # R3GAN eq. 2
+    assert_close(gan.LOSS_G["relativistic"](real, fake), -torch.log(torch.sigmoid(fake - real)))
+    assert_close(gan.LOSS_D["hinge"](real, fake), (1 - real).clamp(min=0) + (1 + fake).clamp(min=0))
+    assert_close(gan.LOSS_D["wgan-gp"](real, fake), fake - real)
+    for loss in ("hinge", "wgan-gp"):
+        assert_close(gan.LOSS_G[loss](None, fake), -fake)
+    assert gan.LOSS_D.keys() == gan.LOSS_G.keys()
 
 
 @every_loss
@@ -202,11 +206,23 @@ def test_samples_lie_in_range():
     assert torch.equal(sample(G, z, y, 0.5), sample(G, 0.5 * z, y))
 
 
+def test_interpolations_lead_from_one_noise_vector_to_another():
+    """Rows of ten: both ends are samples of the first and second half of the noise, of the classes that are asked for."""
+    G, _, cfg = build()
+    G = G.float()
+    run = SimpleNamespace(device="cpu", labels=lambda n: torch.arange(n) % 2 + 1)
+    rows = gan.interpolations(G, cfg, run).unflatten(0, (10, 10))
+    z = torch.randn(2, 10, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
+    for end, noise in ((0, z[0]), (9, z[1])):
+        want = gan.to_uint8(sample(G, noise, run.labels(10)))
+        assert (rows[:, end].int() - want.int()).abs().max() <= 1  # cos(pi / 2) is not quite 0
+
+
 def test_stacked_digits():
     data = gan.Data(torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2), torch.arange(10),
-                    torch.arange(40, 60, dtype=torch.uint8).view(5, 1, 2, 2), torch.arange(5), 10)
+                    torch.arange(40, 60, dtype=torch.uint8).view(5, 1, 2, 2), torch.arange(5), tuple("0123456789"))
     stacked = gan.stack(data)
-    assert stacked.train.shape == (10, 3, 2, 2) and stacked.test.shape == (5, 3, 2, 2) and stacked.classes == 0
+    assert stacked.train.shape == (10, 3, 2, 2) and stacked.test.shape == (5, 3, 2, 2) and stacked.names == ()
     known = {image.numpy().tobytes() for image in data.train[:, 0]}
     assert all(channel.numpy().tobytes() in known for image in stacked.train for channel in image)
     assert torch.equal(gan.stack(data).train, stacked.train)
@@ -215,7 +231,7 @@ def test_stacked_digits():
 def test_one_image_has_no_diversity_to_compare_with():
     _, D, _ = build()
     D = D.float()
-    assert gan.shares(D, torch.rand(4, 1, 8, 8), torch.rand(1, 1, 8, 8)) == [1.0, 1.0]
+    assert set(gan.relative_diversity(D, torch.rand(4, 1, 8, 8), torch.rand(1, 1, 8, 8)).values()) == {1.0}
 
 
 # ---- the script
@@ -234,12 +250,12 @@ def final(out):
 
 @pytest.mark.parametrize("flags", [
     "--loss nonsaturating --r1 1", "--loss hinge --spectral-norm", "--loss wgan-gp", "--loss minimax --no-labels",
-    "--amp bf16 --patch 2", "--loss wgan-gp --amp bf16 --r2 1", "--truncation 0.5 --label 2", "--dataset stacked_mnist",
-    "--blocks 2 --halvings 2"])
+    "--amp bf16 --patch 2", "--loss wgan-gp --amp bf16 --r2 1", "--temperature 0.5 --label 2", "--dataset stacked_mnist",
+    "--blocks 2"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     gan.main([*TINY, "--out", str(out), *flags.split()])
-    assert {"samples.png", "curves.png", "checkpoint.pt", "interpolations.png"} <= {p.name for p in out.iterdir()}
+    assert {"samples.png", "checkpoint.pt", "interpolations.png"} <= {p.name for p in out.iterdir()}
     found = np.load(out / "samples.npz")["images"]
     assert found.shape == (4, 8, 8, 3 if "stacked" in flags else 1) and found.dtype == np.uint8
     assert all(math.isfinite(final(out)[f"test_{name}"]) for name in ("diversity", "feature_diversity", "d_train", "d_fake"))
@@ -272,16 +288,35 @@ def test_the_averaged_generator_is_never_trained(digits, tmp_path):
         average = weights if step == 0 else [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
     names = dict(Generator(1, 8, 8, 10, gan.choose(Config(**saved["config"]), 8, 8)).named_parameters())
     for name, want in zip(names, average, strict=True):
-        assert_close(saved["ema"][name], want)
+        assert_close(saved["ema_generator"][name], want)
+
+
+def test_load_gives_what_samples_are_drawn_from(digits, tmp_path):
+    """The averaged generator and the discriminator of the checkpoint, in three lines of Python."""
+    out = tmp_path / "run"
+    gan.main([*TINY, "--out", str(out), "--seed", "5", "--loss", "hinge", "--spectral-norm"])
+    gan.main([*TINY, "--out", str(out), "--mode", "sample", "--num-samples", "12"])
+    G, D, cfg = gan.load(out)
+    assert (cfg.seed, cfg.loss, cfg.spectral_norm, cfg.patch, cfg.r1) == (5, "hinge", True, 1, 0)
+    assert not G.training and not D.training and not any(p.requires_grad for net in (G, D) for p in net.parameters())
+    z = torch.randn(12, cfg.z_dim, generator=torch.Generator().manual_seed(5))
+    x = sample(G, z, torch.arange(12) % 10)
+    written = np.load(out / "sampled" / "samples.npz")
+    assert np.array_equal(gan.to_uint8(x).permute(0, 2, 3, 1).numpy(), written["images"])
+    assert (written["labels"] == np.arange(12) % 10).all()
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    for net, name in ((G, "ema_generator"), (D, "discriminator")):
+        assert all(torch.equal(value, saved[name][key]) for key, value in net.state_dict().items())
+    assert torch.equal(D(x, torch.arange(12) % 10), D(x, torch.arange(12) % 10))  # in training mode each call changes it
 
 
 def test_collapse_is_told_with_its_step(digits, tmp_path, capsys, monkeypatch):
     calls = iter([torch.rand(64, 1, 8, 8) * 2 - 1])
-    monkeypatch.setattr(gan, "sample", lambda G, z, y, truncation=1.0: next(calls, torch.zeros(len(z), 1, 8, 8)))
+    monkeypatch.setattr(gan, "sample", lambda G, z, y, temperature=1.0: next(calls, torch.zeros(len(z), 1, 8, 8)))
     gan.main([*TINY, "--out", str(tmp_path / "run"), "--log-every", "2"])
     said = capsys.readouterr()
-    for where in ("", " in D's features"):
-        assert f"step 2: the samples' diversity{where} fell to 0 % of the data's" in said.err
+    for what in ("diversity", "feature diversity"):
+        assert f"step 2: the samples' {what} fell to 0 % of the data's" in said.err
     assert said.err.count("warning") == 2
     assert final(tmp_path / "run")["test_diversity"] < 1e-3 and "WARNING: the generator has dropped modes" in said.out
 
@@ -316,7 +351,7 @@ def test_a_lone_copy_computes_the_same(monkeypatch):
         assert_close(p, q)
 
 
-@pytest.mark.parametrize("flags", ["--halvings 5", "--label 10", "--truncation 0", "--r1 -1"])
+@pytest.mark.parametrize("flags", ["--patch 65", "--label 10", "--temperature 0", "--r1 -1"])
 def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         gan.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])

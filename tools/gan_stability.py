@@ -34,7 +34,7 @@ def run(loss, seed, out, flags):
             gan.main(["--num-samples", "1500", "--save-every", "1000000", *flags, "--loss", loss, "--seed", str(seed),
                       "--out", str(out), "--overwrite"])
     except SystemExit:
-        if "first bad gradient" not in said.getvalue():
+        if "is the last good checkpoint" not in said.getvalue():
             print(said.getvalue(), file=sys.stderr, end="")
             raise
         return {"diverged": True, "warned": "warning:" in said.getvalue(), "coverage": float("nan"), "frechet": float("nan")}
@@ -47,12 +47,12 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--losses", nargs="+", choices=gan.LOSSES, default=list(gan.LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=gan.LOSS_D, default=list(gan.LOSS_D))
     parser.add_argument("--out", type=Path, default="runs/gan-stability")
     args, flags = parser.parse_known_args()
     if flags and (taken := {"--loss", "--seed", "--out", "--overwrite", "--mode", "--resume"} & set(flags)):
         parser.error(f"{', '.join(sorted(taken))}: not to be given, each run has its own")
-    if (dataset := gan.parse_args(gan.Config, flags)[0].dataset) not in SHAPES:
+    if (dataset := gan.parse_args([*flags, "--overwrite"])[0].dataset) not in SHAPES:
         parser.error(f"--dataset {dataset}: tools/evaluate.py has classifiers of {', '.join(SHAPES)}")
     print("| loss | diverged | collapsed | coverage | distance |\n|---|---|---|---|---|")
     for loss in args.losses:

@@ -18,7 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 
-GAMES = [("relativistic", 0.5), *((loss, 0.0) for loss in gan.LOSSES)]  # (--loss, --r1 and --r2; for the ring a fifth of those)
+GAMES = [("relativistic", 0.5), *((loss, 0.0) for loss in gan.LOSS_D)]  # (--loss, --r1 and --r2; for the ring a fifth of those)
 ANGLES = torch.arange(8) * math.pi / 4
 CENTRES = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 

@@ -1,4 +1,4 @@
-"""The peer beside vqgan.py's quantisers: vector-quantize-pytorch's VectorQuantize in the same autoencoder, the same steps.
+"""The peer beside vqgan.py's quantizers: vector-quantize-pytorch's VectorQuantize in the same autoencoder, the same steps.
 
 In an environment of its own: pip install -r requirements.txt vector-quantize-pytorch==1.32.0, then
   python tools/peer_quantizer.py --dataset mnist --steps 601 --stage1 600 --disc-weight 0 --out runs/peer-quantizer
@@ -25,7 +25,7 @@ class Peer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.vq = VectorQuantize(cfg.code_dim, cfg.codes, commitment_weight=cfg.beta, **TUNED)
+        self.vq = VectorQuantize(cfg.code_dim, cfg.n_codes, commitment_weight=cfg.beta, **TUNED)
 
     def forward(self, z):
         z_q, indices, loss = self.vq(z.flatten(1, 2))

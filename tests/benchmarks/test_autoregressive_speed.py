@@ -12,8 +12,7 @@ from torch import nn
 import autoregressive
 from autoregressive import Autoregressive, Config, GatedBlock, choose, log_likelihood, sample
 
-ARCHS = {"transformer": {}, "pixelcnn": {"arch": "pixelcnn"}, "mask only": {"arch": "pixelcnn", "mask_only": True},
-         "made": {"arch": "made"}}
+ARCHS = ("transformer", "pixelcnn", "made")
 
 
 def build(H=28, **fields):
@@ -24,19 +23,20 @@ def build(H=28, **fields):
 
 
 class OtherForm(GatedBlock):
-    """The same block, whose two convolutions, above(v, r) and left(h, r), are written in another way."""
+    """The same block, whose two convolutions, above(v) and left(h), are written in another way."""
 
     def __init__(self, block):
         nn.Module.__init__(self)
+        self.r = block.r
         self.v_conv, self.h_conv, self.v_to_h, self.h_out = block.v_conv, block.h_conv, block.v_to_h, block.h_out
         self.label, self.dropout = block.label, block.dropout
 
-    def forward(self, v, h, y, r):
+    def forward(self, v, h, y):
         label_v, label_h = self.label(y)[:, :, None, None].chunk(2, 1)
-        u = self.above(v, r)
+        u = self.above(v)
         a, b = (u + label_v).chunk(2, 1)
         v = v + torch.tanh(a) * torch.sigmoid(b)
-        a, b = (self.left(h, r) + self.v_to_h(u) + label_h).chunk(2, 1)
+        a, b = (self.left(h) + self.v_to_h(u) + label_h).chunk(2, 1)
         g = self.dropout(torch.tanh(a) * torch.sigmoid(b))
         return v, h + self.h_out(g), g
 
@@ -56,21 +56,22 @@ class WholeKernels(OtherForm):
             self.h_conv.weight[:, :, k // 2:k // 2 + 1] = block.h_conv.weight
             self.v_conv.bias[:], self.h_conv.bias[:] = block.v_conv.bias, block.h_conv.bias
 
-    def above(self, v, r):
-        return F.conv2d(v, self.v_conv.weight * self.mask[0], self.v_conv.bias, padding=r)
+    def above(self, v):
+        return F.conv2d(v, self.v_conv.weight * self.mask[0], self.v_conv.bias, padding=self.r)
 
-    def left(self, h, r):
-        return F.conv2d(h, self.h_conv.weight * self.mask[1], self.h_conv.bias, padding=r)
+    def left(self, h):
+        return F.conv2d(h, self.h_conv.weight * self.mask[1], self.h_conv.bias, padding=self.r)
 
 
 class CroppedStacks(OtherForm):
     """Kernels of the live taps, as ours, over zeros on all sides; what is too much is cropped. So do some public ones."""
 
-    def above(self, v, r):
-        return F.conv2d(v, self.v_conv.weight, self.v_conv.bias, padding=r)[:, :, :v.shape[2]]
+    def above(self, v):
+        return F.conv2d(v, self.v_conv.weight, self.v_conv.bias, padding=self.r)[:, :, :v.shape[2]]
 
-    def left(self, h, r):
-        return F.conv2d(h, self.h_conv.weight[:, :, :, :r + 1], self.h_conv.bias, padding=(0, r))[:, :, :, :h.shape[3]]
+    def left(self, h):
+        live = self.h_conv.weight[:, :, :, :self.r + 1]
+        return F.conv2d(h, live, self.h_conv.bias, padding=(0, self.r))[:, :, :, :h.shape[3]]
 
 
 def time_step(benchmark, net, cfg, H):
@@ -89,7 +90,7 @@ def time_step(benchmark, net, cfg, H):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_training_step(benchmark, arch):
-    time_step(benchmark, *build(**ARCHS[arch]), 28)
+    time_step(benchmark, *build(arch=arch), 28)
 
 
 class Contiguous(Autoregressive):
@@ -129,7 +130,7 @@ def test_sampling(benchmark, arch, sampler, n, H):
     if benchmark.disabled and H > 8:
         pytest.skip("large, so only where it is timed")
     benchmark.group = f"sampling {n} images of {H} x {H}, {arch}"
-    net, cfg = build(H, **ARCHS[arch], sampler=sampler)
+    net, cfg = build(H, arch=arch, sampler=sampler)
     x, _ = benchmark.pedantic(sample, (net.eval(), torch.arange(n) % 10, torch.rand(n, 1, H, H), cfg),
                               rounds=1 if sampler == "naive" else 3, warmup_rounds=int(sampler == "cached"))
-    assert x.shape == (n, 1, H, H) and autoregressive.to_uint8(x, cfg).unique().tolist() == [0, 255]
+    assert x.shape == (n, 1, H, H) and autoregressive.to_pixels(x, cfg).unique().tolist() == [0, 255]

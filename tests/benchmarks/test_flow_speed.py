@@ -46,16 +46,16 @@ def test_sampling(benchmark, kind):
     assert x.shape == (16, 1, 28, 28) and x.isfinite().all()
 
 
-@pytest.mark.parametrize("depth", [4, 8, 16, 32])
+@pytest.mark.parametrize("steps", [4, 8, 16, 32])
 @pytest.mark.parametrize("kind", ["affine", "affine, recompute"])
-def test_memory_against_depth(benchmark, kind, depth):
-    """Forward and backward at `depth` steps a scale; extra_info has the most MiB held at once beyond the weights."""
-    model, _, y = build(kind, 32, depth=depth)
+def test_memory_against_depth(benchmark, kind, steps):
+    """Forward and backward at `steps` steps a scale; extra_info has the most MiB held at once beyond the weights."""
+    model, _, y = build(kind, 32, steps_per_scale=steps)
     x, parameters = torch.rand(32, 1, 28, 28) * 2 - 1, list(model.parameters())
 
-    def step():
+    def forward_and_backward():
         return torch.autograd.grad(flow.log_density(model, x, y).mean(), parameters)
 
-    assert all(g.isfinite().all() for g in benchmark(step))
+    assert all(g.isfinite().all() for g in benchmark(forward_and_backward))
     if not benchmark.disabled:
-        benchmark.extra_info["peak_mib"] = round(peak_bytes(step) / 2**20, 1)
+        benchmark.extra_info["peak_mib"] = round(peak_bytes(forward_and_backward) / 2**20, 1)

@@ -34,25 +34,26 @@ def test_step_of_stage_1(benchmark, quantizer):
 def test_step_of_stage_2(benchmark):
     """32 grids of 7 x 7 codes, without the optimizer."""
     cfg = Config()
-    prior, codes, y = Prior(256, 7, 7, 10, cfg), torch.randint(256, (32, 7, 7)), torch.arange(32) % 10
+    prior, indices, y = Prior(7, 7, 10, cfg), torch.randint(256, (32, 7, 7)), torch.arange(32) % 10
 
     def step():
         prior.zero_grad()
-        nll(prior, codes, y).mean().backward()
+        nll(prior, indices, y).mean().backward()
         return prior.out.weight.grad
 
     assert benchmark(step).isfinite().all()
 
 
 @pytest.mark.parametrize("grid", [(7, 7), (16, 16)], ids=str)
-@pytest.mark.parametrize("sampler", ["cached", "naive"])
-def test_sampling(benchmark, sampler, grid):
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "naive"])
+def test_sampling(benchmark, cached, grid):
     """16 grids of codes."""
-    if benchmark.disabled and sampler == "naive" and grid == (16, 16):
+    if benchmark.disabled and not cached and grid == (16, 16):
         pytest.skip("slow, so only where it is timed")
-    cfg = Config(sampler=sampler)
-    prior = Prior(256, *grid, 10, cfg).eval()
-    assert benchmark(sample, prior, torch.arange(16) % 10, torch.rand(16, *grid), cfg).shape == (16, *grid)
+    cfg = Config()
+    prior = Prior(*grid, 10, cfg).eval()
+    noise = torch.rand(16, *grid)
+    assert benchmark(sample, prior, torch.arange(16) % 10, noise, cfg, cached=cached).shape == (16, *grid)
 
 
 @pytest.mark.parametrize("K", [256, 1024, 4096, 16384])

@@ -41,7 +41,7 @@ def test_alone_in_a_folder(name, alone):
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, "runs"])
     out = path.parent / "runs" / f"{name}-digits"
     assert load_checkpoint(out)["step"] == 4
-    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz", "curves.png"} <= {
+    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz"} <= {
         p.name for p in out.iterdir()}
     assert np.load(out / "samples.npz")["images"].shape == (4, 8, 8, 1)
 

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import importlib
+import os
 import signal
 import socket
 import struct
@@ -254,11 +255,40 @@ def test_offline_with_the_files_there(packed, tmp_path, monkeypatch, no_network,
 def test_debians_package_is_looked_at(tmp_path, monkeypatch, no_network, mirrors):
     mirrors()
     monkeypatch.setitem(p.SHA256, "fashion_mnist", p.SHA256["mnist"])
-    debian, exists, read = Path("/usr/share/datasets/fashion-mnist"), Path.exists, Path.read_bytes
-    monkeypatch.setattr(Path, "exists", lambda self: self.parent == debian and self.suffix == ".gz" or exists(self))
-    monkeypatch.setattr(Path, "read_bytes", lambda self: PACKED[self.name] if self.parent == debian else read(self))
-    assert_whole(p.load_data("fashion_mnist", str(tmp_path)))
-    assert files(tmp_path) == {}
+    debian, here = Path("/usr/share/datasets/fashion-mnist"), tmp_path / "system"
+    here.mkdir()
+    for file, content in PACKED.items():
+        (here / file).write_bytes(content)
+    exists, urlopen = Path.exists, p.urlopen
+    monkeypatch.setattr(Path, "exists", lambda self: exists(here / self.name if self.parent == debian else self))
+    monkeypatch.setattr(p, "urlopen", lambda url, **more: urlopen(url.replace(debian.as_uri(), here.as_uri()), **more))
+    assert_whole(p.load_data("fashion_mnist", str(tmp_path / "data")))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["ours", "torchvision's"])
+def test_a_good_copy_of_torchvision_beside_a_spoilt_one(spoilt, tmp_path, no_network, mirrors):
+    """Whichever of the two is whole is taken; what others have put there is never written to."""
+    mirrors()
+    folders = {"ours": tmp_path / "mnist", "torchvision's": tmp_path / "MNIST" / "raw"}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        for file, raw in CONTENT.items():
+            (folder / file).write_bytes(raw[:-1] if name == spoilt else raw)
+    before = files(tmp_path)
+    assert_whole(p.load_data("mnist", str(tmp_path)))
+    assert files(tmp_path) == before
+
+
+def test_a_spoilt_copy_of_torchvision_is_left_and_a_good_one_downloaded(mirrors, tmp_path):
+    (mirror,) = mirrors("none")
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for file, raw in CONTENT.items():
+        (tmp_path / "MNIST" / "raw" / file).write_bytes(raw[:-1])
+    before = files(tmp_path)
+    assert_whole(p.load_data("mnist", str(tmp_path)))
+    assert mirror.asked == list(PACKED)
+    assert files(tmp_path) == before | {f"mnist/{file}": content for file, content in PACKED.items()}
 
 
 def test_files_on_a_disk_that_cannot_be_written_to(tmp_path, no_network, mirrors, monkeypatch):
@@ -364,17 +394,33 @@ def test_the_disk_is_full(mirrors, tmp_path, capsys, monkeypatch):
     assert files(tmp_path) == {}
 
 
-def test_ctrl_c_during_a_download(mirrors, tmp_path, monkeypatch):
-    mirrors("none")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_during_a_download(number, mirrors, tmp_path, monkeypatch, capsys):
+    """One line, the exit code of the signal, no file, and no mirror more is asked."""
+    (first, second) = mirrors("none", "none")
 
     class Bar(p.tqdm):
         def update(self, n=1):
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(p, "tqdm", Bar)
-    with pytest.raises(KeyboardInterrupt):
-        p.load_data("mnist", str(tmp_path))
-    assert files(tmp_path) == {}
+    with pytest.raises(SystemExit) as e, tiny.handlers_kept():
+        p.launch(lambda: p.load_data("mnist", str(tmp_path)))
+    assert e.value.code == 128 + number
+    assert f"stopped by {number.name}" in error_line(capsys.readouterr().err)
+    assert files(tmp_path) == {} and len(first.asked) == 1 and second.asked == []
+
+
+def test_the_size_of_a_mirrors_answer_is_not_believed(mirrors, tmp_path, monkeypatch):
+    """A length that is too large or too small: the hash decides."""
+    def lies(self, content, half):
+        self.head(length=len(content) + 99)
+        self.wfile.write(content)
+
+    monkeypatch.setattr(Handler, "do_none", lies)
+    mirrors("none")
+    assert_whole(p.load_data("mnist", str(tmp_path)))
+    assert files(tmp_path) == {f"mnist/{file}": content for file, content in PACKED.items()}
 
 
 def load_from(urls, data_dir):
@@ -416,3 +462,15 @@ def test_the_archive_of_cifar10(fault, mirrors, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(p.MIRRORS, "cifar10", (bad.url, good.url))
     assert p.load_data("cifar10", str(tmp_path)).test_labels.tolist() == rows[50_000:, 0].tolist()
     assert list(files(tmp_path)) == [f"cifar10/{file}"]
+
+
+def test_the_binary_archive_is_downloaded_beside_the_pickles(mirrors, tmp_path, monkeypatch):
+    """Who has cifar-10-python.tar.gz and a network gets the archive that can be read."""
+    file, (archive, rows) = "cifar-10-binary.tar.gz", tiny.cifar10_archive()
+    monkeypatch.setitem(PACKED, file, archive)
+    monkeypatch.setitem(p.SHA256, "cifar10", {file: hashlib.sha256(archive).hexdigest()})
+    (good,) = mirrors("none")
+    monkeypatch.setitem(p.MIRRORS, "cifar10", (good.url,))
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"pickles")
+    assert p.load_data("cifar10", str(tmp_path)).test_labels.tolist() == rows[50_000:, 0].tolist()
+    assert files(tmp_path) == {"cifar-10-python.tar.gz": b"pickles", f"cifar10/{file}": archive}

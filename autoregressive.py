@@ -7,9 +7,8 @@ of an image. Fixed-point (Jacobi) sampling guesses all pixels at once and repeat
 changes. Both draw exactly the sample that the slow way draws from the same noise. Besides, the
 network can take a patch of pixels as one position; a small head models these one after the other.
 
-Papers: MADE (Germain 2015), PixelCNN (van den Oord 2016a), gated PixelCNN (van den Oord 2016b),
-PixelCNN++ (Salimans 2017), caches (Ramachandran 2017), transformers over pixels (Child 2019),
-fixed-point sampling (Song 2021).
+Papers: MADE (Germain 2015), PixelCNN and gated PixelCNN (van den Oord 2016a and b), PixelCNN++
+(Salimans 2017), caches (Ramachandran 2017), transformer (Child 2019), fixed points (Song 2021).
   chain rule, exact likelihood ............. log_likelihood      PixelCNN eq. 1
   mixture of logistics ..................... logistic_mixture    PixelCNN++ eqs. 1 and 2
   pixels of a patch, channels of a pixel ... Head                PixelCNN eq. 2

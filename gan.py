@@ -20,8 +20,7 @@ projection (Miyato and Koyama 2018).
   python gan.py                                             # digits, about a minute
   python gan.py --dataset mnist --minutes 10 --num-samples 10000
   python gan.py --dataset mnist --loss wgan-gp --out runs/gan-wgan
-On two Zen 5 cores samples of the second one have, by tools/evaluate.py, a Frechet distance of 0.14
-(test images: 0.04; docs/gan.md).
+The second's samples have a Frechet distance of 0.14 by tools/evaluate.py (Zen 5; docs/gan.md).
 """
 
 import copy

@@ -4,12 +4,17 @@
   mode "torch"   plain PyTorch, always
   mode "triton"  Triton, or RuntimeError with the reason; with TRITON_INTERPRET=1 set beforehand also on CPU tensors
 
-It starts from the environment variable M2_KERNELS and is set by the scripts' --kernels. `report()` says in one line an
-operation what would run here and why, and what has fallen back. Importing this needs neither triton nor a GPU.
+It starts from the environment variable M2_KERNELS and is set by the scripts' --kernels; an operation's backend= stands in
+for it in one call. `report()` says in one line an operation what would run here and why, and what has fallen back.
+Importing this needs neither triton nor a GPU.
+
+From a CPU's side a call of a kernel costs some microseconds, a call of PyTorch's own less. On small tensors that decides,
+so mode "auto" takes a kernel from a number of elements on, `least` in each file.
 """
 
 import collections
 import contextlib
+import functools
 import os
 from typing import NamedTuple
 
@@ -30,6 +35,7 @@ except ImportError:  # macOS, Windows, or not installed: the kernels below are t
 
 
 INTERPRETING = triton is not None and triton.knobs.runtime.interpret  # decided when the kernels are defined
+OPTIONS = {"enable_fp_fusion": True}  # of every launch and of tools/kernel_report.py; triton 3.10 does not fuse by itself
 MODES = ("auto", "torch", "triton")
 OPS = {  # operation: its file
     "group_norm_silu": "group_norm",
@@ -48,6 +54,7 @@ LIBRARY = {  # operation: the calls that "auto" leaves to the kernels that come 
     "masked_conv2d": "all calls",
     "gated_masked_conv2d": "all calls",
 }
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # tensors with data, whose kernels can be called without an operator
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the types that kernels take
 mode = os.environ.get("M2_KERNELS", "auto")
 fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: how often auto fell back for it
@@ -56,19 +63,31 @@ fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: h
 def available(device=None):
     """(whether Triton kernels can run on a device, by default the first CUDA device; the reason in words)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _available(device.type, device.index)
+
+
+available._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which takes 1.4 s to import the compiler
+
+
+@functools.lru_cache
+def _available(kind, index):
     if triton is None:
         return False, "triton is not installed"
     if INTERPRETING:
-        return device.type == "cpu", f"interpreted on the CPU, triton {triton.__version__}"
-    if device.type != "cuda":
-        return False, f"no CUDA device: tensors on {device.type}"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return kind == "cpu", f"interpreted on the CPU, triton {triton.__version__}"
+    if kind != "cuda":
+        return False, f"no CUDA device: tensors on {kind}"
+    name = torch.cuda.get_device_name(index)
+    capability = torch.cuda.get_device_capability(index)
     if torch.version.hip is None and capability < (8, 0):
         return False, f"{name} has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
     return True, f"triton {triton.__version__} on {name}"
 
 
-available._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which takes 1.4 s to import the compiler
+@functools.lru_cache
+def processors(device):
+    """The streaming multiprocessors of a CUDA device, which should all have programs to run; 132, an H100's, elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def choose(new, kind):
@@ -82,30 +101,32 @@ def choose(new, kind):
     mode = new
 
 
-def use_triton(op, x, supported=(True, ""), least=0, elementwise=False, library=False):
+def use_triton(op, x, supports, least=0, elementwise=False, library=False, backend=None):
     """Whether op is to run its Triton kernels on x: the choice of `mode`, and of size and compiler where that is "auto".
 
-    supported: (bool, reason), what the operation's own supports() said of the arguments. least: number of elements of x
-    below which a launch is not worth it. elementwise: the compiler fuses such an operation better itself. library: this
-    call is one of those that LIBRARY names.
+    supports: () -> (bool, reason), what the operation says of its arguments. least: number of elements of x below which a
+    launch is not worth it. elementwise: the compiler fuses such an operation better itself. library: this call is one of
+    those that LIBRARY names. backend: one of MODES, instead of `mode` in this call.
     Raises ValueError for an unknown mode, RuntimeError where the mode is "triton" and it cannot run.
     """
-    if mode not in MODES:
-        raise ValueError(f"kernels.mode {mode!r}: must be one of {', '.join(MODES)}")
-    if mode == "torch":
+    wanted = backend or mode
+    if wanted not in MODES:
+        raise ValueError(f"kernels.mode {wanted!r}: must be one of {', '.join(MODES)}")
+    if wanted == "torch":
         return False
     ok, reason = available(x.device)
-    ok, reason = supported if ok and not supported[0] else (ok, reason)
-    if mode == "triton":
+    if ok:
+        ok, reason = supports()
+    if wanted == "triton":
         if not ok:
             raise RuntimeError(f"{op}: kernels.mode is 'triton', but {reason}")
         return x.numel() > 0
-    if not x.numel():
+    if not x.numel() or library or elementwise and torch.compiler.is_compiling():
         return False
-    if ok and (INTERPRETING or x.numel() < least):
-        ok, reason = False, "the interpreter is for tests" if INTERPRETING else f"fewer than {least} elements"
-    if library or elementwise and torch.compiler.is_compiling():
-        return False
+    if ok and INTERPRETING:
+        ok, reason = False, "the interpreter is for tests"
+    elif ok and x.numel() < least:
+        ok, reason = False, f"fewer than {least} elements"
     if not ok and not torch.compiler.is_compiling():
         fallbacks[op][reason] += 1
     return ok
@@ -133,6 +154,48 @@ def report():
 def launching(x):
     """A context in which kernels start on the device of x, whichever is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def launch(kernel, programs, *args, **constants):
+    """Start so many programs of a kernel on the device of its first argument, whichever is the current one."""
+    device = args[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[(programs,)](*args, **constants, **OPTIONS)
+
+
+def operator(name, fake, setup=None, backward=None, differentiable=1):
+    """Make a function that launches kernels an operation of PyTorch's. To be written above it: @operator("norm_fwd", ...).
+
+    The function takes tensors and numbers, annotated, and returns new tensors. fake: the same of tensors without data.
+    setup (ctx, inputs, output) and backward (ctx, *gradients) -> gradients are those of torch.autograd.Function and of
+    torch.library.register_autograd. differentiable: 1, or 2 where backward is made of operations that have gradients too.
+    What is called is the function itself, in eager mode; where a compiler, fake tensors or a tensor subclass look on, the
+    custom operator `operator`, which they can see as one node, and which costs some 30 us a call more.
+    """
+    def wrap(function):
+        custom = torch.library.custom_op(f"{__name__}::{name}", function, mutates_args=())
+        custom.register_fake(fake)
+        differentiate = None
+        if backward:
+            custom.register_autograd(backward, setup_context=setup)
+            eager = backward if differentiable > 1 else torch.autograd.function.once_differentiable(backward)
+            methods = {"forward": function, "setup_context": setup, "backward": eager}
+            methods = {key: staticmethod(method) for key, method in methods.items()}
+            differentiate = type(name, (torch.autograd.Function,), methods).apply
+
+        @functools.wraps(function)
+        def call(*args):
+            if torch.compiler.is_compiling() or type(args[0]) not in PLAIN or torch._C._len_torch_dispatch_stack():
+                return custom(*args)
+            if differentiate and torch.is_grad_enabled():
+                return differentiate(*args)
+            return function(*args)
+
+        call.operator = custom
+        return call
+
+    return wrap
 
 
 def accumulator(x):

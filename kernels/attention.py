@@ -333,7 +333,7 @@ def attention(q, k, v, mask=None, bias=None):
     if bias is not None and (bias.dim() != 3 or len(bias) != q.shape[1] or not bias.shape[1] % 2 == bias.shape[2] % 2 == 1
                              or (bias.shape[1] + 1) * (bias.shape[2] + 1) != 4 * q.shape[2]):
         raise ValueError(f"attention: bias {tuple(bias.shape)} must be (n_head, 2H-1, 2W-1), H*W = T, for q {tuple(q.shape)}")
-    if use_triton("attention", q, supports(q, k, v, bias), least=1 << 16, library=bias is None and mask != "strict"):
+    if use_triton("attention", q, lambda: supports(q, k, v, bias), least=1 << 16, library=bias is None and mask != "strict"):
         return _fwd(q, k, v, bias, LAGS[mask])[0]
     return attention_torch(q, k, v, mask, bias)
 

@@ -20,7 +20,7 @@ When not: on the CPU, and under torch.compile, which fuses this with its neighbo
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launch, operator, tl, triton, use_triton
 
 TILE = 4096  # elements that a program holds at once
 TILES = 4  # tiles that a program of the backward kernel goes through, for one partial sum a channel
@@ -116,46 +116,12 @@ def _layout(x, last):
     return (C, R, P, *strides), constants, triton.cdiv(R, block_r), triton.cdiv(C, block_c)
 
 
-@torch.library.custom_op("m2::bias_act_fwd", mutates_args=())
-def _fwd(x: torch.Tensor, bias: torch.Tensor | None, sign: torch.Tensor | None, slope: float, gain: float) -> torch.Tensor:
-    """gain * factor * (x + bias), in the layout of sign where that is given, else of x."""
-    last = dense(x if sign is None else sign)[1]
-    x = _like(x, last)
-    y = torch.empty_like(x)
-    sizes, constants, rows, columns = _layout(x, last)
-    with launching(x):
-        _bias_act_fwd_kernel[(rows * columns,)](
-            x, x if bias is None else bias.contiguous(), x if sign is None else _like(sign, last), y, *sizes,
-            SLOPE=slope, GAIN=gain, BIAS=bias is not None, SIGN=sign is not None, **constants)
-    return y
-
-
-@_fwd.register_fake
-def _(x, bias, sign, slope, gain):
+def _fake_fwd(x, bias, sign, slope, gain):
     return torch.empty_like(_like(x, dense(x if sign is None else sign)[1]))
 
 
-@torch.library.custom_op("m2::bias_act_bwd", mutates_args=())
-def _bwd(dy: torch.Tensor, y: torch.Tensor, bias: bool, slope: float, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx and dbias, the latter in the type of accumulation, and empty where there is no bias."""
-    y, last = dense(y)
-    dy, dx = _like(dy, last), torch.empty_like(y)
-    sizes, constants, rows, columns = _layout(y, last)
-    chunks = triton.cdiv(rows, TILES)
-    sums = y.new_empty(chunks, sizes[0] if bias else 0, dtype=accumulator(y))
-    with launching(y):
-        _bias_act_bwd_kernel[(chunks * columns,)](dy, y, dx, sums, *sizes, SLOPE=slope, GAIN=gain, TILES=TILES, BIAS=bias,
-                                                  **constants)
-    return dx, sums.sum(0)
-
-
-@_bwd.register_fake
-def _(dy, y, bias, slope, gain):
-    return torch.empty_like(dense(y)[0]), y.new_empty(y.shape[1] if bias else 0, dtype=accumulator(y))
-
-
 def _save_fwd(ctx, inputs, output):
-    x, bias, sign, ctx.slope, ctx.gain = inputs
+    _, bias, sign, ctx.slope, ctx.gain = inputs
     ctx.bias = None if bias is None else bias.dtype
     ctx.save_for_backward(output if sign is None else sign)
 
@@ -163,6 +129,24 @@ def _save_fwd(ctx, inputs, output):
 def _backward_fwd(ctx, dy):
     dx, db = _bwd(dy, *ctx.saved_tensors, ctx.bias is not None, ctx.slope, ctx.gain)
     return dx, None if ctx.bias is None else db.to(ctx.bias), None, None, None
+
+
+@operator("bias_act_fwd", _fake_fwd, _save_fwd, _backward_fwd, differentiable=2)
+def _fwd(x: torch.Tensor, bias: torch.Tensor | None, sign: torch.Tensor | None, slope: float, gain: float) -> torch.Tensor:
+    """gain * factor * (x + bias), in the layout of sign where that is given, else of x."""
+    last = dense(x if sign is None else sign)[1]
+    x = _like(x, last)
+    y = torch.empty_like(x)
+    sizes, constants, rows, columns = _layout(x, last)
+    constants |= {"SLOPE": slope, "GAIN": gain, "BIAS": bias is not None, "SIGN": sign is not None}
+    bias = x if bias is None else bias.contiguous()  # a kernel does not read what a constant switches off
+    sign = x if sign is None else _like(sign, last)
+    launch(_bias_act_fwd_kernel, rows * columns, x, bias, sign, y, *sizes, **constants)
+    return y
+
+
+def _fake_bwd(dy, y, bias, slope, gain):
+    return torch.empty_like(dense(y)[0]), y.new_empty(y.shape[1] if bias else 0, dtype=accumulator(y))
 
 
 def _save_bwd(ctx, inputs, output):
@@ -175,8 +159,18 @@ def _backward_bwd(ctx, ddx, ddb):
     return _fwd(ddx, ddb if ctx.bias else None, y, ctx.slope, ctx.gain), None, None, None, None
 
 
-_fwd.register_autograd(_backward_fwd, setup_context=_save_fwd)
-_bwd.register_autograd(_backward_bwd, setup_context=_save_bwd)
+@operator("bias_act_bwd", _fake_bwd, _save_bwd, _backward_bwd, differentiable=2)
+def _bwd(dy: torch.Tensor, y: torch.Tensor, bias: bool, slope: float, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dbias, the latter in the type of accumulation, and empty where there is no bias."""
+    y, last = dense(y)
+    dy = _like(dy, last)
+    dx = torch.empty_like(y)
+    sizes, constants, rows, columns = _layout(y, last)
+    chunks = triton.cdiv(rows, TILES)
+    sums = y.new_empty(chunks, sizes[0] if bias else 0, dtype=accumulator(y))
+    launch(_bias_act_bwd_kernel, chunks * columns, dy, y, dx, sums, *sizes, SLOPE=slope, GAIN=gain, TILES=TILES, BIAS=bias,
+           **constants)
+    return dx, sums.sum(0)
 
 
 def supports(x, bias):
@@ -199,7 +193,7 @@ def bias_act(x, bias=None, slope=0.2, gain=2**0.5):
         raise ValueError(f"bias_act: bias {None if bias is None else tuple(bias.shape)} does not fit x {tuple(x.shape)}")
     if slope < 0 or gain <= 0:
         raise ValueError(f"bias_act: slope {slope} must not be negative, gain {gain} must be positive")
-    if use_triton("bias_act", x, supports(x, bias), least=1 << 16, elementwise=True):
+    if use_triton("bias_act", x, lambda: supports(x, bias), least=1 << 16, elementwise=True):
         return _fwd(x, bias, None, slope, gain)
     return bias_act_torch(x, bias, slope, gain)
 

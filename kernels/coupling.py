@@ -417,7 +417,7 @@ def affine_coupling(x, params, mask_or_split, reverse=False, s_max=2.0):
     if not fits or s_max <= 0:
         kept = f"split {split}" if mask is None else f"mask {tuple(mask.shape)}"
         raise ValueError(f"affine_coupling: params {tuple(params.shape)}, {kept}, s_max {s_max} do not fit x {tuple(x.shape)}")
-    if use_triton("affine_coupling", x, supports(x, params, mask), least=1 << 16, elementwise=True):
+    if use_triton("affine_coupling", x, lambda: supports(x, params, mask), least=1 << 16, elementwise=True):
         return _fwd(x, params, mask, split, s_max, reverse)
     return affine_coupling_torch(x, params, mask_or_split, reverse, s_max)
 
@@ -436,7 +436,7 @@ def spline_coupling(x, params, tail_bound=3.0, reverse=False):
     if M % 3 != 2 or M >= 3 / MIN or flat.shape != (len(x), C * M, *x.shape[2:]) or tail_bound <= 0:
         raise ValueError(f"spline_coupling: params {tuple(params.shape)} and tail_bound {tail_bound} do not fit "
                          f"x {tuple(x.shape)}: (B, C * (3K - 1), *) is needed")
-    if use_triton("spline_coupling", x, supports(x, params, bins=(M + 1) // 3), least=1 << 14):
+    if use_triton("spline_coupling", x, lambda: supports(x, params, bins=(M + 1) // 3), least=1 << 14):
         return _fwd(x, flat, None, None, tail_bound, reverse)
     return spline_coupling_torch(x, flat, tail_bound, reverse)
 

@@ -138,7 +138,7 @@ def decode_attention(q, k_cache, v_cache, length):
             q.shape != (*k_cache.shape[:2], 1, k_cache.shape[3])):
         raise ValueError(f"decode_attention: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache "
                          f"{tuple(v_cache.shape)} and length {length} do not fit")
-    if use_triton("decode_attention", k_cache[:, :, :length], supports(q, k_cache, v_cache), least=1 << 16):
+    if use_triton("decode_attention", k_cache[:, :, :length], lambda: supports(q, k_cache, v_cache), least=1 << 16):
         return _decode(q, k_cache, v_cache, length)
     return decode_attention_torch(q, k_cache, v_cache, length)
 

@@ -328,7 +328,7 @@ def group_norm_silu(x, groups, weight, bias, eps=1e-5, silu=True):
     if x.dim() < 2 or groups < 1 or x.shape[1] % groups or not weight.shape == bias.shape == x.shape[1:2]:
         raise ValueError(f"group_norm_silu: {groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} "
                          f"do not fit x {tuple(x.shape)}")
-    if use_triton("group_norm_silu", x, supports(x, groups, weight, bias), least=1 << 16):
+    if use_triton("group_norm_silu", x, lambda: supports(x, groups, weight, bias), least=1 << 16):
         return _fwd(x, groups, weight, bias, eps, silu)[0]
     return group_norm_silu_torch(x, groups, weight, bias, eps, silu)
 

@@ -327,7 +327,7 @@ def logistic_mixture(x, params):
     if x.dtype != torch.uint8 and not x.is_floating_point() or not params.is_floating_point():
         raise ValueError(f"logistic_mixture: x {x.dtype} must be uint8 or floating, params {params.dtype} floating")
     x = x.detach()
-    if use_triton("logistic_mixture", params, supports(x, params), least=1 << 16):
+    if use_triton("logistic_mixture", params, lambda: supports(x, params), least=1 << 16):
         return _fwd(x, params, params.requires_grad and torch.is_grad_enabled())[0]
     return logistic_mixture_torch(x, params)
 

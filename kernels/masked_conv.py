@@ -362,7 +362,7 @@ def masked_conv2d(x, weight, bias=None, mask_type="B"):
     """
     taps = _check("masked_conv2d", x, weight, bias, mask_type)
     x, weight, bias = autocast(x, weight, bias)
-    if use_triton("masked_conv2d", x, supports(x, weight, bias), library=True):
+    if use_triton("masked_conv2d", x, lambda: supports(x, weight, bias), library=True):
         return _fwd(x, weight, bias, taps)
     return masked_conv2d_torch(x, weight, bias, mask_type)
 
@@ -380,7 +380,7 @@ def gated_masked_conv2d(x, weight, bias=None, cond=None, mask_type="B"):
         raise ValueError(f"gated_masked_conv2d: weight {tuple(weight.shape)} and cond "
                          f"{None if cond is None else tuple(cond.shape)} do not fit x {tuple(x.shape)}")
     x, weight, bias, cond = autocast(x, weight, bias, cond)
-    if use_triton("gated_masked_conv2d", x, supports(x, weight, bias, cond), library=True):
+    if use_triton("gated_masked_conv2d", x, lambda: supports(x, weight, bias, cond), library=True):
         keep = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, weight, bias, cond))
         return _gated_fwd(x, weight, bias, cond, taps, keep)[0]
     return gated_masked_conv2d_torch(x, weight, bias, cond, mask_type)

@@ -267,7 +267,7 @@ def nearest_code(z, codebook):
         raise ValueError(f"nearest_code: codebook {tuple(codebook.shape)} does not fit z {tuple(z.shape)}")
     if not (z.is_floating_point() and codebook.is_floating_point()):
         raise ValueError(f"nearest_code: z and codebook must be floating, not {z.dtype} and {codebook.dtype}")
-    if use_triton("nearest_code", z, supports(z, codebook), least=1 << 14):
+    if use_triton("nearest_code", z, lambda: supports(z, codebook), least=1 << 14):
         z_q, indices, counts = _nearest(z.reshape(-1, z.shape[-1]).detach(), codebook)
         return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
     return nearest_code_torch(z, codebook)
@@ -289,7 +289,7 @@ def sum_by_code(x, indices, n_codes):
     if x.dim() < 1 or x.shape[:-1] != indices.shape:
         raise ValueError(f"sum_by_code: indices {tuple(indices.shape)} do not fit x {tuple(x.shape)}")
     x, indices = x.reshape(-1, x.shape[-1]), indices.reshape(-1)
-    if use_triton("nearest_code", x, supports(x, x), least=1 << 14):
+    if use_triton("nearest_code", x, lambda: supports(x, x), least=1 << 14):
         return _sum(x, indices, n_codes)
     return torch.ops.aten.embedding_dense_backward(x.to(accumulator(x)), indices, n_codes, -1, False)
 

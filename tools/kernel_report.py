@@ -63,6 +63,8 @@ def compile_one(file, index, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    import kernels
+
     module = importlib.import_module(f"kernels.{file}")
     spec, (backend, arch, warp, shared_limit) = module.AOT_SPECS[index], TARGETS[target]
     if backend == "hip":
@@ -77,7 +79,8 @@ def compile_one(file, index, target):
     start = time.perf_counter()
     out = triton.compile(ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned),
                          target=GPUTarget(backend, arch, warp),
-                         options={"num_warps": spec.num_warps} | ({"num_stages": spec.num_stages} if spec.num_stages else {}))
+                         options=kernels.OPTIONS | {"num_warps": spec.num_warps}
+                         | ({"num_stages": spec.num_stages} if spec.num_stages else {}))
     text = out.asm["amdgcn" if backend == "hip" else "ptx"]
     registers, spilled = resources(backend, out.asm)
     matrix = sorted(set(re.findall(MATRIX[backend], text)))
@@ -97,7 +100,6 @@ def compile_one(file, index, target):
 def build(only=None, targets=TARGETS):
     """Every row, two processes at a time."""
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton did up to 3.9
     sys.path.insert(0, str(ROOT))
     jobs = [(file, i, target) for file in files() if only in (None, file)
             for i in range(len(importlib.import_module(f"kernels.{file}").AOT_SPECS)) for target in targets]

@@ -221,10 +221,10 @@ def test_what_is_saved():
 def test_as_a_custom_operator(channels_last):
     x, bias = inputs((2, 6, 5, 3), channels_last)
     x = away_from_the_kink(x, bias)
-    opcheck(module._fwd, (x, bias, None, 0.2, 1.5))
-    torch.library.opcheck(module._fwd, (x.clone().requires_grad_(), bias.requires_grad_(), x, 0.2, 1.5))
-    torch.library.opcheck(module._bwd, (x.clone().requires_grad_(), x, True, 0.2, 1.5))
-    torch.library.opcheck(module._bwd, (x.clone().requires_grad_(), x, False, 0.2, 1.5))
+    opcheck(module._fwd.operator, (x, bias, None, 0.2, 1.5))
+    torch.library.opcheck(module._fwd.operator, (x.clone().requires_grad_(), bias.requires_grad_(), x, 0.2, 1.5))
+    torch.library.opcheck(module._bwd.operator, (x.clone().requires_grad_(), x, True, 0.2, 1.5))
+    torch.library.opcheck(module._bwd.operator, (x.clone().requires_grad_(), x, False, 0.2, 1.5))
 
 
 @pytest.mark.parametrize("mode", kernels.MODES)

@@ -42,7 +42,7 @@ def test_auto_leaves_to_the_library_what_the_report_says(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda device=None: (True, "triton 1 on a GPU"))
     for op in ("masked_conv2d", "gated_masked_conv2d", "attention"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{kernels.OPS[op]}"), "_fwd", None)
-        assert not kernels.use_triton(op, INPUTS[0], library=True)
+        assert not kernels.use_triton(op, INPUTS[0], lambda: (True, ""), library=True)
     masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
     gated_masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
     attention(*torch.randn(3, 1, 1, 4, 16))
@@ -58,7 +58,7 @@ def test_auto_leaves_to_the_library_what_the_report_says(monkeypatch):
 
 def test_torch_mode_never_runs_a_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "mode", "torch")
-    assert not kernels.use_triton("group_norm_silu", INPUTS[0])
+    assert not kernels.use_triton("group_norm_silu", INPUTS[0], lambda: (True, ""))
     assert "kernels.mode is 'torch'" in kernels.report()
 
 

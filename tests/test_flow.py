@@ -155,6 +155,7 @@ def test_actnorm_is_set_from_data_once():
 
 @pytest.mark.parametrize("kind", ["additive", "affine", "spline"])
 def test_recomputing_changes_no_gradient(kind):
+    """Not by a bit, as the same steps are computed again from the same inputs."""
     shape = (1, 8, 8)
     model, cfg = build(kind, shape, recompute=True)
     model.train()  # the averaged network, in eval mode, keeps its activations
@@ -165,7 +166,7 @@ def test_recomputing_changes_no_gradient(kind):
         density = log_density(model, v, y)
         results.append([density, *torch.autograd.grad(density.mean(), [v, *model.parameters()])])
     for a, b in zip(*results, strict=True):
-        assert_close(a, b, rtol=1e-6, atol=1e-9)
+        assert torch.equal(a, b)
 
 
 @every_kind
@@ -193,20 +194,20 @@ def test_a_block_is_causal():
 
 
 def test_both_inverses_are_the_same():
-    """Fixed-point iteration against one position at a time: at most as many passes as there are positions, and images that
+    """Fixed-point iteration against one position at a time: at most as many calls as there are positions, and images that
     end sooner than others are as they would be alone. Only positions behind a change are solved again."""
     model, cfg = build("tarflow", (1, 8, 8), patch=2, std=0.3)
     z, y = [torch.randn(4, 16, 4, dtype=torch.float64)], torch.tensor([0, 1, 2, 0])
-    a, steps = sample(model, z, y, cfg)
-    b, passes = sample(model, z, y, dataclasses.replace(cfg, inverse="jacobi"))
+    a, positions = sample(model, z, y, cfg)
+    b, calls = sample(model, z, y, dataclasses.replace(cfg, inverse="jacobi"))
     assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert steps == 2 * 16 and 2 < passes <= 2 * 16
+    assert positions == 2 * 16 and 2 < calls <= 2 * 16
     alone = [sample(model, [z[0][i:i + 1]], y[i:i + 1], dataclasses.replace(cfg, inverse="jacobi")) for i in range(4)]
     assert_close(torch.cat([images for images, _ in alone]), b)
-    assert passes >= max(used for _, used in alone) > min(used for _, used in alone)
+    assert calls >= max(used for _, used in alone) > min(used for _, used in alone)
     solved, block = [], model.f.blocks[0]
     block.solve = lambda z, h: solved.append(len(z)) or type(block).solve(block, z, h)
-    _, used = block.inverse_jacobi(z[0], y)
+    _, used = flow.inverse_jacobi(block, z[0], y)
     assert len(solved) == used and solved[0] == 4 * 16 and all(n <= 4 * (16 - i) for i, n in enumerate(solved))
 
 
@@ -295,10 +296,7 @@ def test_labels_matter_and_their_mean_is_the_likelihood(monkeypatch):
     model.float()
     images = torch.randint(0, 256, (7, 1, 4, 4), dtype=torch.uint8)
 
-    class Run:
-        device = "cpu"
-
-    whole = flow.bits_per_dim(model, images, 3, cfg, Run())
+    whole = flow.bits_per_dim(model, images, 3, cfg, "cpu")
     generator = torch.Generator().manual_seed(cfg.seed)
     v = torch.cat([dequantize(model, part, generator)[0] for part in images.split(3)])
     with torch.no_grad():
@@ -324,31 +322,19 @@ def final(out):
 @pytest.mark.parametrize("flags", [
     "--arch glow", "--arch glow --coupling additive --recompute --noise 0.05", "--arch glow --steps-per-scale 2",
     "--arch glow --scales 1 --no-labels --dequantize variational", "--inverse jacobi --label 2", "--noise 0.05 --patch 4",
-    "--compare digits --temperature 0.5", "--no-labels --minutes 0.02", "--kernels torch --layers 1"])
+    "--arch glow --recompute --amp bf16", "--temperature 0.5", "--no-labels --minutes 0.02", "--kernels torch --layers 1"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     flow.main([*TINY, "--out", str(out), *flags.split()])
-    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz", "interpolations.png"}
+    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "samples.npz"}
     assert names <= {p.name for p in out.iterdir()}
     likelihoods = np.load(out / "likelihoods.npz")
-    assert likelihoods.files == (["test", "compare"] if "--compare" in flags else ["test"])
+    assert likelihoods.files == ["test"]
     assert likelihoods["test"].shape == (8,)  # there are 8 test images
     assert likelihoods["test"].mean() == pytest.approx(final(out)["test_bpd"])
     found = np.load(out / "samples.npz")["images"]
     assert found.shape[0] == 4 and found.dtype == np.uint8
     assert math.isfinite(final(out)["test_bpd"])
-    if "--compare digits" in flags:
-        assert final(out)["compare_bpd"] == final(out)["test_bpd"]
-
-
-@pytest.mark.parametrize("arch", ["tarflow", "glow"])
-def test_interpolations_end_in_test_images(digits, tmp_path, monkeypatch, arch):
-    grids = {}
-    monkeypatch.setattr(flow, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
-    flow.main([*TINY, "--out", str(tmp_path / "run"), "--arch", arch])
-    rows = grids["interpolations.png"].unflatten(0, (8, 10)).int()  # there are 8 test images
-    assert (rows[:, 0] - digits.test.int()).abs().max() <= 1
-    assert (rows[:, -1] - digits.test.roll(1, 0).int()).abs().max() <= 1
 
 
 def test_temperature_nought_gives_one_image_a_class(digits, tmp_path):
@@ -420,17 +406,13 @@ def test_a_lone_copy_computes_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--patch 3", "--scales 4 --arch glow", "--label 10", "--n-head 3", "--temperature -1",
-                                   "--recompute --amp bf16",
-                                   "--compare nowhere"])
-def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys, monkeypatch):
-    if "compare" in flags:
-        known = {"digits": digits}
-        monkeypatch.setattr(flow, "load_data", lambda name, *args: known.get(name) or flow.fail(f"--dataset {name}"))
+                                   "--compare mnist"])
+def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         flow.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1
-    assert flags.split()[0] in line or "compare" in flags
+    assert flags.split()[0] in line
 
 
 @pytest.mark.parametrize("flags, bar", [
@@ -444,7 +426,7 @@ def test_a_short_training_learns_digits(flags, bar, tmp_path):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_against_depth(recompute):
-    """Bytes kept for the backward pass: in proportion to the depth, or, recomputed from the output, almost none more."""
+    """Bytes kept for the backward pass, in proportion to the depth: of a step all activations, or its input and two log_dets."""
     def kept(steps):
         model, cfg = build("affine", (1, 8, 8), steps_per_scale=steps, recompute=recompute, width=16)
         model.train()
@@ -461,4 +443,8 @@ def test_memory_against_depth(recompute):
         return sum(sizes.values())
 
     two, eight = kept(2), kept(8)
-    assert eight < 1.1 * two if recompute else eight > 3 * two
+    if recompute:  # images of 8 x 8 numbers of 8 bytes, of which half have left after the first of three scales
+        per_step = 4 * 8 * (64 + 32 + 16)
+        assert 6 * per_step <= eight - two <= 6 * per_step * 1.1
+    else:
+        assert eight > 3 * two

@@ -179,13 +179,18 @@ except ImportError:
         x0, y0 = torch.take_along_dim(knots, k[..., None], -1)[..., 0].unbind(-1)
         d0, d1 = torch.take_along_dim(slopes, torch.cat([k, k + 1], -1), -1).unbind(-1)
         s = h / w  # the mean slope of the bin
+
+        def place(distance, size):  # in [0,1]; where rounding leads beyond, the gradient goes on
+            theta = distance / size
+            return theta + (theta.clamp(0, 1) - theta).detach()
+
         if reverse:  # a quadratic equation, eqs. 6 to 8; its root in two forms, so that nothing cancels
-            eta = ((v - y0) / h).clamp(0, 1)
+            eta = place(v - y0, h)
             u = d0 * (1 - eta) - d1 * eta
             r = u.abs() + torch.sqrt(u**2 + 4 * s**2 * eta * (1 - eta))
             theta = torch.where(u < 0, r / (r + 2 * s * (1 - eta)), 2 * s * eta / (2 * s * eta + r))
         else:
-            theta = ((v - x0) / w).clamp(0, 1)
+            theta = place(v - x0, w)
         t = theta * (1 - theta)
         D = s + (d0 + d1 - 2 * s) * t  # the denominator of eqs. 4 and 5
         M = d1 * theta**2 + 2 * s * t + d0 * (1 - theta) ** 2  # dy/dx = s^2 M / D^2

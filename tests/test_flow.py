@@ -337,6 +337,30 @@ def test_every_option_runs(digits, tmp_path, flags):
     assert math.isfinite(final(out)["test_bpd"])
 
 
+@every_kind
+def test_temperature_is_the_scale_of_the_noise(kind):
+    """What is sampled at 0.5 has half of the given noise, by the flow's other direction."""
+    model, cfg = build(kind)
+    eps, y = [torch.randn(3, *shape, dtype=torch.float64) for shape in model.f.noise_shapes], torch.arange(3)
+    images, _ = sample(model, eps, y, dataclasses.replace(cfg, temperature=0.5))
+    with torch.no_grad():
+        assert_close(flat(model.f(images, y)[0]), 0.5 * flat(eps), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["tarflow", "glow"])
+def test_temperature_on_the_command_line(arch, digits, tmp_path):
+    out = tmp_path / "run"
+    flow.main([*TINY, "--out", str(out), "--arch", arch])
+    at_one = np.load(out / "samples.npz")["images"]
+    flow.main(["--mode", "sample", "--num-samples", "4", "--out", str(out), "--temperature", "0.5"])
+    at_half = np.load(out / "sampled" / "samples.npz")["images"]
+    model, cfg = flow.load(out)
+    halves = [e / 2 for e in flow.draw_noise(model, 4, torch.Generator().manual_seed(cfg.seed))]
+    want, _ = model.f.inverse(halves, torch.arange(4), "cached")
+    assert (flow.quantize(want).permute(0, 2, 3, 1).numpy() == at_half).all()
+    assert (at_half != at_one).mean() > 0.5
+
+
 def test_temperature_nought_gives_one_image_a_class(digits, tmp_path):
     flow.main([*TINY, "--out", str(tmp_path / "run"), "--temperature", "0", "--label", "1"])
     images = np.load(tmp_path / "run" / "samples.npz")["images"]
@@ -377,14 +401,19 @@ def test_sampling_denoises_where_training_added_noise():
     assert_close(sample(model, eps, y, cfg)[0], flow.denoise(model, noisy, y, 0.2))
 
 
-def test_a_lone_copy_computes_the_same(monkeypatch):
-    """Without the folder kernels/, the lines under `except ImportError` take the operations' place."""
+@pytest.fixture()
+def lone(monkeypatch):
+    """flow.py without the folder kernels/: the lines under `except ImportError` take the operations' place."""
     monkeypatch.setitem(sys.modules, "kernels", None)
     for name in [n for n in sys.modules if n.startswith("kernels.")]:
         monkeypatch.setitem(sys.modules, name, None)
     spec = importlib.util.spec_from_file_location("lone", flow.__file__)
-    monkeypatch.setitem(sys.modules, "lone", lone := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(lone)
+    monkeypatch.setitem(sys.modules, "lone", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_lone_copy_computes_the_same(lone):
     assert lone.affine_coupling.__module__ == lone.spline_coupling.__module__ == lone.decode_attention.__module__ == "lone"
     for kind in KINDS:
         model, cfg = build(kind, (1, 5, 6), std=0.3)
@@ -403,6 +432,35 @@ def test_a_lone_copy_computes_the_same(monkeypatch):
         want, log_slope = lone.spline_coupling(x.double(), params.double(), 1.0, reverse)
         assert log_det.isfinite().all()  # and the error is that of rounding places, times the slope there
         assert ((y - want).abs().flatten() <= 2e-6 * (1 + log_slope.exp())).all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("T", [1.0, 3.0])
+def test_gradients_of_a_spline_at_its_bound_and_far_beyond(T, reverse, lone):
+    """The plain lines, in float32. From the bound T to 10 T the spline is the identity, whatever params are: y' = 1, and
+    nothing is asked of params. Just inside, d log y' / dx is that of eq. 5 in the outermost bin, at its outer end."""
+    inside = torch.tensor([T, -T]).nextafter(torch.zeros(2)).repeat(32)  # each place is a sample of its own
+    x = torch.cat([inside, torch.tensor([T, -T, 10 * T, -10 * T])])[:, None].requires_grad_()
+    params = torch.randn(len(x), 23, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y, log_det = lone.spline_coupling(x, params, T, reverse)
+    y_x, y_p = torch.autograd.grad(y.sum(), (x, params), retain_graph=True)
+    l_x, l_p = torch.autograd.grad(log_det.sum(), (x, params))
+    assert torch.equal(y[64:], x[64:]) and (log_det[64:] == 0).all()
+    assert (y_x[64:] == 1).all() and (l_x[64:] == 0).all() and (y_p[64:] == 0).all() and (l_p[64:] == 0).all()
+    assert_close(y[:64], x[:64], rtol=1e-6, atol=0)
+    for got, at_the_end in ((log_det, 0.0), (y_x, 1.0), (y_p, 0.0), (l_p, 0.0)):
+        assert_close(got, torch.full_like(got, at_the_end), rtol=0, atol=1e-3)
+
+    raw = params[:64].detach().double()
+    w, h = (2 * T * (1e-5 + (1 - 8e-5) * torch.softmax(raw[:, :16].unflatten(1, (2, 8)), 2))).unbind(1)
+    end = torch.tensor([7, 0]).repeat(32)[:, None]  # the outermost bins, in turn, and the slopes at their inner ends
+    w, h = w.gather(1, end), h.gather(1, end)
+    inner = 1e-5 + torch.log1p(torch.exp(raw[:, 16:].gather(1, (end - 1).clamp(min=0))))
+    # at w t inwards log y' = log(s^2 M / D^2), where M is 1 + (2 s - 2) t and D is s + (1 + inner - 2 s) t to first order
+    s = h / w
+    inwards = ((2 * s - 2) - 2 * (1 + inner - 2 * s) / s) / w
+    want = -inwards * inside.sign()[:, None] * (-1 if reverse else 1)
+    assert_close(l_x[:64].double(), want, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("flags", ["--patch 3", "--scales 4 --arch glow", "--label 10", "--n-head 3", "--temperature -1",
@@ -426,7 +484,7 @@ def test_a_short_training_learns_digits(flags, bar, tmp_path):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_against_depth(recompute):
-    """Bytes kept for the backward pass, in proportion to the depth: of a step all activations, or its input and two log_dets."""
+    """Bytes kept for the backward pass, in proportion to the depth: of a step all activations, or what goes in."""
     def kept(steps):
         model, cfg = build("affine", (1, 8, 8), steps_per_scale=steps, recompute=recompute, width=16)
         model.train()

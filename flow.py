@@ -5,8 +5,7 @@ weakness: every step must be invertible and have a cheap determinant, so a step 
 classical remedy is the coupling: one half of the numbers stays, and a network reads from it how to
 transform the others: by adding (NICE), by scaling too (RealNVP, Glow), or by a monotonic spline.
 The modern remedy is the autoregressive flow (TarFlow): a causal transformer reads from all earlier
-numbers how to transform the next one. Forward, all numbers are transformed at once, and the
-Jacobian is triangular. The inverse takes one position after another, as each needs those before it.
+numbers how to transform the next one. Forward takes one pass, inverse one position after another.
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
 (Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021). In this order:
@@ -84,9 +83,9 @@ class Config:
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
 
 
-# ---- the maths
-# model.f takes images v (B,C,H,W) in [-1,1] and their classes y (B,) to eps, a list of tensors of noise (B,*), and gives
-# log |det d eps / dv| (B,) too; model.f.inverse takes eps back to v. All logarithms are natural.
+# ---- the maths: log p(v) = log N(eps; 0, 1) + log |det d eps / dv|, where eps = f(v)
+# model.f(v, y) takes images v (B,C,H,W) in [-1,1] and classes y (B,) to eps, a list of tensors of noise (B,*), and gives
+# log |det d eps / dv| (B,) too. model.f.inverse takes eps back to v. All logarithms are natural.
 
 LEVELS_PER_UNIT = 128  # the 256 levels of an 8-bit image fill [-1,1], which is 2 units long
 
@@ -118,10 +117,9 @@ def quantize(v):
 
 
 def log_likelihood(model, v, log_q, y):
-    """A lower bound on log P(x | y) of 8-bit x, by one draw of the noise in (v, log_q) = dequantize(model, x); (B,).
-    log P(x) = log E_q[p(x + u) / q(u | x)] >= E_q[log p(x + u) - log q(u | x)], Flow++ eq. 12."""
-    log_p = log_density(model, v, y) - v[0].numel() * math.log(LEVELS_PER_UNIT)  # of x + u: dv/dx is 1/128 for each number
-    return log_p - log_q
+    """One draw of a lower bound on log P(x | y), from v, log_q = dequantize(model, x) of 8-bit x; (B,). Flow++ eq. 12:
+    log P(x) = log E_q[p(x + u) / q(u | x)] >= E_q[log p(x + u) - log q(u | x)], with p(x + u) = p(v) / 128 a number."""
+    return log_density(model, v, y) - v[0].numel() * math.log(LEVELS_PER_UNIT) - log_q
 
 
 def loss(model, x, y, cfg):
@@ -254,10 +252,10 @@ class TarBlock(nn.Module):
 
     def solve(self, z, h):
         """x from z (B,T,D) where the features h (B,T,width) are known: one number of each position after the other."""
-        from_h = self.head.from_features(h)
+        A_h, W_h = self.head.from_features(h)
         x = z[:, :, :0]
         for z_d in z.split(1, 2):
-            x_d, _ = self.transform(z_d, self.head.params_of_next(from_h, x), reverse=True)
+            x_d, _ = self.transform(z_d, self.head.params_of_next(A_h, W_h, x), reverse=True)
             x = torch.cat([x, x_d], 2)
         return x
 
@@ -381,9 +379,8 @@ class Head(nn.Module):
         hidden = F.relu(A_h + F.linear(x, self.B.weight * self.mask).view_as(A_h))
         return W_h + torch.einsum("btdi,dio->btdo", hidden, self.V)
 
-    def params_of_next(self, from_h, x):
-        """The params (B,T,1,n_params) of the one number that comes after x (B,T,d). from_h is from_features(h)."""
-        A_h, W_h = from_h
+    def params_of_next(self, A_h, W_h, x):
+        """The params (B,T,1,n_params) of the one number that comes after x (B,T,d). A_h, W_h are of from_features."""
         d = x.shape[2]
         B_d = self.B.weight.view(*self.V.shape[:2], -1)[d, :, :d]  # (n_hidden,d)
         hidden = F.relu(A_h[:, :, d] + F.linear(x, B_d))
@@ -1345,8 +1342,8 @@ def main(argv=None):
         run.write_metrics(final=True, test_bpd=bits.mean().item())
         noise = f", noise of {cfg.noise} added" if cfg.noise else ""
         mean = ", the mean of p(x | y) over the classes" if run.classes else ""
-        print(f"test bits/dim {bits.mean():.4f} (upper bound, {cfg.dequantize} dequantisation, one draw each"
-              f"{noise}; {run.tested}{mean})")
+        how = f"one draw of {cfg.dequantize} dequantisation{noise}"
+        print(f"test bits/dim {bits.mean():.4f} (upper bound, {how}; {run.tested}{mean})")
     if cfg.mode != "eval":
         start = time.monotonic()
         images, labels, calls = generate(model, cfg.num_samples, cfg, run)

@@ -163,6 +163,10 @@ except ImportError:
         """Durkan 2019: a monotonic curve from x in [-T,T] to y in [-T,T], the identity outside. x (B,C,*), params
         (B,C * (3K - 1),*): widths and heights of K bins, then the slopes between them. A bin from (x0,y0) to (x0 + w,
         y0 + h) has slopes d0 and d1 at its ends; theta in [0,1] is the place in it. x is y where reverse."""
+        def place(distance, size):  # in [0,1]; where rounding leads beyond, the gradient goes on
+            theta = distance / size
+            return theta + (theta.clamp(0, 1) - theta).detach()
+
         least = 1e-5  # the least share of a bin, and the least slope
         one = math.log(math.expm1(1 - least))  # becomes the slope 1, at both ends as outside
         p = params.to(x.dtype).unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B,C,*,3K - 1)
@@ -177,11 +181,6 @@ except ImportError:
         x0, y0 = torch.take_along_dim(knots, k[..., None], -1)[..., 0].unbind(-1)
         d0, d1 = torch.take_along_dim(slopes, torch.cat([k, k + 1], -1), -1).unbind(-1)
         s = h / w  # the mean slope of the bin
-
-        def place(distance, size):  # in [0,1]; where rounding leads beyond, the gradient goes on
-            theta = distance / size
-            return theta + (theta.clamp(0, 1) - theta).detach()
-
         if reverse:  # a quadratic equation, eqs. 6 to 8; its root in two forms, so that nothing cancels
             eta = place(v - y0, h)
             u = d0 * (1 - eta) - d1 * eta
@@ -234,7 +233,8 @@ class TarBlock(nn.Module):
         self.head = Head(cfg.width, D, PARAMS[self.kind])
 
     def transform(self, x, params, reverse=False):
-        """g or its inverse. x (B,T,d): the D numbers of each position, or one of them; params (B,T,d,n_params)."""
+        """g or its inverse. x (B,T,d): the D numbers of each position, or one of them; params (B,T,d,n_params).
+        couple wants channels second: (B,d,T) and (B,d * n_params,T), all params of a number together for splines alone."""
         params = params.permute((0, 2, 3, 1) if self.kind == "spline" else (0, 3, 2, 1))  # (B,d,n,T) or (B,n,d,T)
         # s_max is larger than in Glow, which has more steps; a spline transforms [-1,1], see TarFlow
         z, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0, bound=1.0)
@@ -642,7 +642,7 @@ def train(data, cfg, run):
 
 
 @torch.no_grad()
-def bits_per_dim(model, images, classes, cfg, device):
+def evaluate(model, images, classes, cfg, device):
     """An upper bound on -log2 P(x) / D of each image, from one draw of noise; P(x) is the mean of P(x | y) over y."""
     generator = torch.Generator().manual_seed(cfg.seed)  # of uniform noise
     torch.manual_seed(cfg.seed)  # of learned noise, and of --noise
@@ -1337,13 +1337,12 @@ def main(argv=None):
         return
     model, _ = load(cfg.out, run.device)
     if cfg.mode != "sample":
-        bits = bits_per_dim(model, data.test, run.classes, cfg, run.device)
+        bits = evaluate(model, data.test, run.classes, cfg, run.device)
         write(run.folder / "likelihoods.npz", lambda f: np.savez_compressed(f, test=bits), "bits/dim of each test image")
         run.write_metrics(final=True, test_bpd=bits.mean().item())
         noise = f", noise of {cfg.noise} added" if cfg.noise else ""
         mean = ", the mean of p(x | y) over the classes" if run.classes else ""
-        how = f"one draw of {cfg.dequantize} dequantisation{noise}"
-        print(f"test bits/dim {bits.mean():.4f} (upper bound, {how}; {run.tested}{mean})")
+        print(f"test bits/dim {bits.mean():.4f} (upper bound, one draw of {cfg.dequantize} noise{noise}; {run.tested}{mean})")
     if cfg.mode != "eval":
         start = time.monotonic()
         images, labels, calls = generate(model, cfg.num_samples, cfg, run)

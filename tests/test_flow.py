@@ -296,7 +296,7 @@ def test_labels_matter_and_their_mean_is_the_likelihood(monkeypatch):
     model.float()
     images = torch.randint(0, 256, (7, 1, 4, 4), dtype=torch.uint8)
 
-    whole = flow.bits_per_dim(model, images, 3, cfg, "cpu")
+    whole = flow.evaluate(model, images, 3, cfg, "cpu")
     generator = torch.Generator().manual_seed(cfg.seed)
     v = torch.cat([dequantize(model, part, generator)[0] for part in images.split(3)])
     with torch.no_grad():

@@ -39,7 +39,7 @@ def bits_of(folder, others, data_dir=None):
         images = flow.load_data(name, data_dir or cfg.data_dir, cfg.image_size).test
         if list(images.shape[1:]) != facts["shape"]:
             flow.fail(f"{name}: images of {list(images.shape[1:])}, the run in {folder} has {facts['shape']}")
-        bits[name] = flow.bits_per_dim(model, images, facts["classes"], cfg, "cpu").numpy()
+        bits[name] = flow.evaluate(model, images, facts["classes"], cfg, "cpu").numpy()
     return bits
 
 

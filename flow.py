@@ -5,20 +5,19 @@ weakness: every step must be invertible and have a cheap determinant, so a step 
 classical remedy is the coupling: one half of the numbers stays, and a network reads from it how to
 transform the others: by adding (NICE), by scaling too (RealNVP, Glow), or by a monotonic spline.
 The modern remedy is the autoregressive flow (TarFlow): a causal transformer reads from all earlier
-numbers how to transform the next one. Its forward direction is one pass. Its inverse takes one
-position after another, with caches, or repeats passes until nothing changes.
+numbers how to transform the next one. Forward takes one pass, inverse one position after another.
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
-(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), RevNet (Gomez 2017).
-  change of variables ................. log_density, log_likelihood   RealNVP eq. 3, Flow++ eq. 12
-  denoising by the score .............. denoise                       TarFlow eq. 8
-  couplings ........................... couple                        RealNVP sec. 3.2, Durkan 2019
-  classical flow ...................... Step, Glow                    Glow table 1, RealNVP sec. 3.6
-  transformer flow, its two inverses .. TarBlock                      TarFlow eqs. 4 to 6
+(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021). In this order:
+  change of variables, bits/dim ... log_density, log_likelihood       RealNVP eq. 3, Flow++ eq. 12
+  couplings, splines .............. affine_coupling, spline_coupling  RealNVP sec. 3.2, Durkan eqs. 4-8
+  autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
+  classical flow .................. Step, Glow                        Glow table 1, RealNVP sec. 3.6
+  extras .......................... inverse_jacobi, denoise, Dequantizer
 
   python flow.py                                                # digits, needs no download
   python flow.py --dataset mnist --minutes 10                   # MNIST on two CPU cores
-  python flow.py --dataset mnist --arch glow --compare fashion_mnist --out runs/flow-glow
+  python flow.py --dataset mnist --arch glow --out runs/flow-glow
 The second gives 1.09 bits/dim on two Zen 3 cores (docs/flow.md); Glow has 1.05 published.
 """
 
@@ -32,16 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-
-try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
-    from kernels.attention import attention
-    from kernels.decode_attention import decode_attention
-except ImportError:
-    def attention(q, k, v, mask):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
-
-    def decode_attention(q, k_cache, v_cache, length):
-        return F.scaled_dot_product_attention(q, k_cache[:, :, :length], v_cache[:, :, :length])
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -57,7 +47,7 @@ class Config:
     patch: int = 0  # tarflow: pixels a side of a position, 0: the most that fit, 2 below 16 pixels, else 4 (0 to 64)
     scales: int = 0  # glow: how often the image is halved, 0: while both sides are even, 1 to 3 times (0 to 12)
     steps_per_scale: int = 8  # glow: steps of actnorm, 1x1 convolution and coupling at each scale (1 to 1024)
-    recompute: bool = False  # glow: keep no activations, the backward pass computes them again from the output
+    recompute: bool = False  # glow: keep the inputs of the steps alone, the backward pass computes the rest again
     # training
     labels: bool = True  # condition on the class; the test likelihood is then the exact mean over the classes
     noise: float = 0.0  # deviation of Gaussian noise on training images in [-1,1]; samples are then denoised (0 to 1)
@@ -67,7 +57,6 @@ class Config:
     inverse: Literal["cached", "jacobi"] = "cached"  # tarflow: one position at a time, or all until nothing changes
     temperature: float = 1.0  # factor on the noise that samples are made of; 0: the image of zero noise (0 to 100)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
-    compare: str | None = None  # another data set, whose likelihoods are shown beside those of the test split
     # core, the same in all six scripts
     dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (0 to 4096)
@@ -94,19 +83,20 @@ class Config:
     save_every: int = 1000  # steps between checkpoints and sample grids (> 0)
 
 
-# ---- the maths
-# model.f takes v (B,C,H,W) in [-1,1] and labels y (B,) to eps, a list of tensors of noise, and log |det df/dv| (B,).
+# ---- the maths: log p(v) = log N(eps; 0, 1) + log |det d eps / dv|, where eps = f(v)
+# model.f(v, y) takes images v (B,C,H,W) in [-1,1] and classes y (B,) to eps, a list of tensors of noise (B,*), and gives
+# log |det d eps / dv| (B,) too. model.f.inverse takes eps back to v. All logarithms are natural.
 
-LEVELS = 128  # levels of an 8-bit image in one unit of v, as 256 levels fill [-1,1]
+LEVELS_PER_UNIT = 128  # the 256 levels of an 8-bit image fill [-1,1], which is 2 units long
 
 
 def log_normal(eps):
-    """log N(eps; 0, 1) of a list of tensors, summed over all but the batch, (B,)."""
+    """log N(eps; 0, 1) of a list of tensors (B,*), summed over all but the batch, (B,)."""
     return sum(-0.5 * (e**2 + math.log(2 * math.pi)).flatten(1).sum(1) for e in eps)
 
 
 def log_density(model, v, y):
-    """log p(v | y), exactly. v (B,C,H,W) in [-1,1] -> (B,)."""
+    """log p(v | y), exactly. v (B,C,H,W) in [-1,1], y (B,) -> (B,)."""
     eps, log_det = model.f(v, y)
     return log_normal(eps) + log_det  # the change of variables, RealNVP eq. 3
 
@@ -118,42 +108,43 @@ def dequantize(model, x, generator=None):
         log_q = u.new_zeros(len(u))
     else:
         u, log_q = model.dequantizer(x / 127.5 - 1)  # it sees levels as images in [-1,1]
-    return (x + u) / LEVELS - 1, log_q
+    return (x + u) / LEVELS_PER_UNIT - 1, log_q
 
 
 def quantize(v):
     """The levels {0..255}, uint8 on the CPU, of numbers v in [-1,1]: the inverse of dequantize, whatever u was."""
-    return ((v + 1) * LEVELS).floor().clamp(0, 255).byte().cpu()
+    return ((v + 1) * LEVELS_PER_UNIT).floor().clamp(0, 255).byte().cpu()
 
 
 def log_likelihood(model, v, log_q, y):
-    """log P(x | y) for 8-bit x is at least E[log p(x + u) - log q(u | x)] (Flow++ eq. 12); this is one draw, (B,)."""
-    return log_density(model, v, y) - v[0].numel() * math.log(LEVELS) - log_q  # since dv/dx = 1 / 128 for each number
+    """One draw of a lower bound on log P(x | y), from v, log_q = dequantize(model, x) of 8-bit x; (B,). Flow++ eq. 12:
+    log P(x) = log E_q[p(x + u) / q(u | x)] >= E_q[log p(x + u) - log q(u | x)], with p(x + u) = p(v) / 128 a number."""
+    return log_density(model, v, y) - v[0].numel() * math.log(LEVELS_PER_UNIT) - log_q
+
+
+def loss(model, x, y, cfg):
+    """What training minimises: -log P(x | y) in nats a dimension, mean over the batch. Levels x (B,C,H,W) in {0..255}."""
+    v, log_q = dequantize(model, x)
+    v = v + cfg.noise * torch.randn_like(v)
+    return -log_likelihood(model, v, log_q, y).mean() / v[0].numel()
+
+
+def draw_noise(model, n, generator=None):
+    """eps of n images: a list of standard normal tensors, one for each part in which numbers leave the flow."""
+    return [torch.randn(n, *shape, generator=generator) for shape in model.f.noise_shapes]
 
 
 @torch.no_grad()
 def sample(model, eps, y, cfg):
-    """Images (B,C,H,W), about [-1,1], from standard normal noise (draw_noise), and the passes of the network used."""
-    v, passes = model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
+    """Images v (B,C,H,W), about [-1,1], from eps of draw_noise and classes y (B,); and how often a network was called."""
+    v, calls = model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
     if cfg.noise:
         v = denoise(model, v, y, cfg.noise)
-    return v, passes
+    return v, calls
 
 
-def draw_noise(model, n, generator=None):
-    """The noise that n images are made of: a list of tensors, one for each part in which numbers leave the flow."""
-    return [torch.randn(n, *shape, generator=generator) for shape in model.f.noise_shapes]
-
-
-def denoise(model, v, y, sigma):
-    """E[clean image | v] where v has noise of deviation sigma: v + sigma^2 d log p(v) / dv (Tweedie; TarFlow eq. 8)."""
-    with torch.enable_grad():
-        v = v.detach().requires_grad_()
-        (score,) = torch.autograd.grad(log_density(model, v, y).sum(), v)
-    return v.detach() + sigma**2 * score
-
-
-# ---- couplings: y = g(x; params), where g is monotonic in each number, and its inverse with reverse=True
+# ---- how a number is transformed: z = g(x; params), monotonic in x; reverse=True gives x from z
+# Each function also gives the sum of log |dz/dx| over all numbers of an image (or of log |dx/dz| in reverse), (B,).
 
 BINS = 8  # of a spline
 PARAMS = {"additive": 1, "affine": 2, "spline": 3 * BINS - 1}  # parameters that transform one number
@@ -161,31 +152,29 @@ PARAMS = {"additive": 1, "affine": 2, "spline": 3 * BINS - 1}  # parameters that
 try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
     from kernels.coupling import affine_coupling, spline_coupling
 except ImportError:
-    def affine_coupling(x, params, mask_or_split, reverse=False, s_max=2.0):
+    def affine_coupling(x, params, kept, reverse=False, s_max=2.0):
         raw, shift = params.to(x.dtype).chunk(2, 1)
+        stays, x = x.tensor_split([kept], 1)
         log_s = s_max * torch.tanh(raw / s_max)  # within +-s_max, so that neither direction overflows
-        if isinstance(mask_or_split, int):  # so many channels stay
-            stays, x = x.tensor_split([mask_or_split], 1)
-        else:  # numbers stay where the mask is True
-            stays = x[:, :0]
-            log_s = log_s * ~mask_or_split
-            shift = shift * ~mask_or_split
-        y = (x - shift) * torch.exp(-log_s) if reverse else x * torch.exp(log_s) + shift  # RealNVP sec. 3.2
-        log_det = log_s.flatten(1).sum(1)
-        return torch.cat([stays, y], 1), -log_det if reverse else log_det
+        z = (x - shift) * torch.exp(-log_s) if reverse else x * torch.exp(log_s) + shift  # RealNVP sec. 3.2
+        return torch.cat([stays, z], 1), (-log_s if reverse else log_s).flatten(1).sum(1)  # and log_det, sec. 3.3
 
-    def spline_coupling(x, params, tail_bound=3.0, reverse=False):
-        """Durkan 2019: a monotonic curve in [-T,T]. params are the widths, heights and inner slopes of its K bins.
-        A bin from (x0,y0) to (x0 + w,y0 + h) has slopes d0 and d1 at its ends; theta in [0,1] is the place in it."""
-        T = tail_bound
+    def spline_coupling(x, params, T=3.0, reverse=False):
+        """Durkan 2019: a monotonic curve from x in [-T,T] to y in [-T,T], the identity outside. x (B,C,*), params
+        (B,C * (3K - 1),*): widths and heights of K bins, then the slopes between them. A bin from (x0,y0) to (x0 + w,
+        y0 + h) has slopes d0 and d1 at its ends; theta in [0,1] is the place in it. x is y where reverse."""
+        def place(distance, size):  # in [0,1]; where rounding leads beyond, the gradient goes on
+            theta = distance / size
+            return theta + (theta.clamp(0, 1) - theta).detach()
+
         least = 1e-5  # the least share of a bin, and the least slope
         one = math.log(math.expm1(1 - least))  # becomes the slope 1, at both ends as outside
-        p = params.to(x.dtype).unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B,C,H,W,3K - 1)
+        p = params.to(x.dtype).unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # (B,C,*,3K - 1)
         K = (p.shape[-1] + 1) // 3
         shares = torch.softmax(p[..., :2 * K].unflatten(-1, (2, K)), -1)  # of widths and heights
-        sizes = 2 * T * (least + (1 - least * K) * shares)  # (B,C,H,W,2,K)
-        knots = F.pad(sizes.cumsum(-1), (1, 0)) - T
-        slopes = least + F.softplus(F.pad(p[..., 2 * K:], (1, 1), value=one))
+        sizes = 2 * T * (least + (1 - least * K) * shares)  # (B,C,*,2,K)
+        knots = F.pad(sizes.cumsum(-1), (1, 0)) - T  # (B,C,*,2,K + 1)
+        slopes = least + F.softplus(F.pad(p[..., 2 * K:], (1, 1), value=one))  # (B,C,*,K + 1)
         v = x.clamp(-T, T)
         k = (knots[..., int(reverse), 1:-1] <= v[..., None]).sum(-1, keepdim=True)  # the bin in which each number lies
         w, h = torch.take_along_dim(sizes, k[..., None], -1)[..., 0].unbind(-1)
@@ -193,12 +182,12 @@ except ImportError:
         d0, d1 = torch.take_along_dim(slopes, torch.cat([k, k + 1], -1), -1).unbind(-1)
         s = h / w  # the mean slope of the bin
         if reverse:  # a quadratic equation, eqs. 6 to 8; its root in two forms, so that nothing cancels
-            eta = ((v - y0) / h).clamp(0, 1)
+            eta = place(v - y0, h)
             u = d0 * (1 - eta) - d1 * eta
             r = u.abs() + torch.sqrt(u**2 + 4 * s**2 * eta * (1 - eta))
             theta = torch.where(u < 0, r / (r + 2 * s * (1 - eta)), 2 * s * eta / (2 * s * eta + r))
         else:
-            theta = ((v - x0) / w).clamp(0, 1)
+            theta = place(v - x0, w)
         t = theta * (1 - theta)
         D = s + (d0 + d1 - 2 * s) * t  # the denominator of eqs. 4 and 5
         M = d1 * theta**2 + 2 * s * t + d0 * (1 - theta) ** 2  # dy/dx = s^2 M / D^2
@@ -209,17 +198,193 @@ except ImportError:
 
 
 def couple(kind, x, params, kept, reverse, s_max=2.0, bound=3.0):
-    """Transform all but the first `kept` channels of x (B,C,*) by params (B,(C - kept) * PARAMS[kind],*) -> y, log_det.
-    A tanh holds the log-scale of an affine coupling within +-s_max. A spline maps [-bound,bound] to itself."""
+    """All but the first `kept` channels of x (B,C,*) transformed by params (B,(C - kept) * PARAMS[kind],*) -> z, log_det.
+    s_max bounds the log-scale of an affine coupling; a spline maps [-bound,bound] to itself."""
     if kind == "affine":
         return affine_coupling(x, params, kept, reverse, s_max)
     stays, x = x.tensor_split([kept], 1)
     if kind == "spline":
-        x, log_det = spline_coupling(x, params, bound, reverse)
-    else:  # additive, NICE
-        x = x - params if reverse else x + params
+        z, log_det = spline_coupling(x, params, bound, reverse)
+    else:
+        z = x - params if reverse else x + params  # NICE
         log_det = x.new_zeros(len(x))
-    return torch.cat([stays, x], 1), log_det
+    return torch.cat([stays, z], 1), log_det
+
+
+# ---- the autoregressive flow: each number is transformed by what comes before it (--arch tarflow)
+# An image is T positions of D numbers, (B,T,D). A causal transformer makes features h (B,T,width) of a position from earlier
+# positions. A head makes params of a number from h and from the numbers before it in its own position. Both stand below.
+
+class TarBlock(nn.Module):
+    """z_i = g(x_i; params_i), where params_i depend on the numbers before i alone. x (B,T,D) -> z (B,T,D), log_det (B,).
+    So dz/dx is triangular, and log_det = sum_i log dz_i/dx_i, which couple gives.
+    --coupling affine is TarFlow's z = (x - mu) exp(-alpha), eqs. 4 to 6, with log-scale -alpha and shift -mu exp(-alpha).
+    Beyond the paper are the splines, and that the numbers of a position depend on each other (the head)."""
+
+    def __init__(self, T, D, classes, cfg):
+        super().__init__()
+        self.kind = cfg.coupling
+        self.n_head = cfg.n_head
+        self.embed = nn.Linear(D, cfg.width)
+        self.start = nn.Embedding(max(classes, 1), cfg.width)  # stands before the first position
+        self.position = nn.Parameter(0.1 * torch.randn(T, cfg.width))
+        self.layers = nn.ModuleList(TransformerBlock(cfg.width, cfg.n_head) for _ in range(cfg.layers))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.head = Head(cfg.width, D, PARAMS[self.kind])
+
+    def transform(self, x, params, reverse=False):
+        """g or its inverse. x (B,T,d): the D numbers of each position, or one of them; params (B,T,d,n_params).
+        couple wants channels second: (B,d,T) and (B,d * n_params,T), all params of a number together for splines alone."""
+        params = params.permute((0, 2, 3, 1) if self.kind == "spline" else (0, 3, 2, 1))  # (B,d,n,T) or (B,n,d,T)
+        # s_max is larger than in Glow, which has more steps; a spline transforms [-1,1], see TarFlow
+        z, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0, bound=1.0)
+        return z.transpose(1, 2), log_det
+
+    def features(self, x, y):
+        """What each position knows of those before it: x (B,T,D), y (B,) -> h (B,T,width)."""
+        h = torch.cat([self.start(y)[:, None], self.embed(x[:, :-1])], 1) + self.position
+        for layer in self.layers:
+            h = layer(h, lambda q, k, v: attention(q, k, v, "causal"))
+        return self.norm(h)
+
+    def forward(self, x, y):
+        return self.transform(x, self.head(self.features(x, y), x))
+
+    def solve(self, z, h):
+        """x from z (B,T,D) where the features h (B,T,width) are known: one number of each position after the other."""
+        A_h, W_h = self.head.from_features(h)
+        x = z[:, :, :0]
+        for z_d in z.split(1, 2):
+            x_d, _ = self.transform(z_d, self.head.params_of_next(A_h, W_h, x), reverse=True)
+            x = torch.cat([x, x_d], 2)
+        return x
+
+    def inverse(self, z, y):
+        """x from z (B,T,D), one position after the other, and the calls of the network. Caches hold earlier keys, values."""
+        T, width = self.position.shape
+        caches = z.new_zeros(len(self.layers), 2, len(z), self.n_head, T, width // self.n_head)
+        x = torch.zeros_like(z)
+        token = self.start(y)
+        for t in range(T):
+            h = (token + self.position[t])[:, None]  # (B,1,width)
+            for layer, (keys, values) in zip(self.layers, caches, strict=True):
+                def attend(q, k, v, keys=keys, values=values, t=t):
+                    keys[:, :, t] = k[:, :, 0]
+                    values[:, :, t] = v[:, :, 0]
+                    return decode_attention(q, keys, values, t + 1)
+                h = layer(h, attend)
+            x[:, t:t + 1] = self.solve(z[:, t:t + 1], self.norm(h))
+            token = self.embed(x[:, t])
+        return x, T
+
+
+class TarFlow(nn.Module):
+    """TarBlocks over patches of pixels: in raster order, and back to front in every second block.
+    Splines map [-1,1] to itself, so what they make of the data is uniform noise, and to_normal makes it normal."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        self.patch = cfg.patch
+        self.rows = H // cfg.patch  # of patches
+        D = channels * cfg.patch**2
+        T = channels * H * W // D
+        self.spline = cfg.coupling == "spline"
+        self.shrink = 1 / (1 + 8 * cfg.noise) if self.spline else 1.0  # leaves room for 8 deviations of --noise
+        self.blocks = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.blocks))
+        self.noise_shapes = [(T, D)]
+
+    def forward(self, v, y):
+        x = self.shrink * F.pixel_unshuffle(v, self.patch).flatten(2).transpose(1, 2)  # (B,T,D)
+        total = v.new_full((len(v),), v[0].numel() * math.log(self.shrink))
+        for block in self.blocks:
+            x, log_det = block(x, y)
+            x = x.flip(1, 2)
+            total = total + log_det
+        if self.spline:
+            x, log_det = to_normal(x)
+            total = total + log_det
+        return [x], total
+
+    def inverse(self, eps, y, how):
+        """v (B,C,H,W), and how often a block's network was called. `how` is cached or jacobi (inverse_jacobi)."""
+        x = from_normal(eps[0]) if self.spline else eps[0]
+        calls = 0
+        for block in reversed(self.blocks):
+            x = x.flip(1, 2)
+            x, more = inverse_jacobi(block, x, y) if how == "jacobi" else block.inverse(x, y)
+            calls += more
+        x = (x / self.shrink).transpose(1, 2).unflatten(2, (self.rows, -1))  # (B,D,rows,columns)
+        return F.pixel_shuffle(x, self.patch), calls
+
+
+class Flow(nn.Module):
+    """The flow f, and the learned noise that makes levels continuous (None where the noise is uniform)."""
+
+    def __init__(self, channels, H, W, classes, cfg):
+        super().__init__()
+        self.f = (Glow if cfg.arch == "glow" else TarFlow)(channels, H, W, classes, cfg)
+        self.dequantizer = Dequantizer(channels) if cfg.dequantize == "variational" else None
+
+
+# ---- what the autoregressive flow is made of: transformer, head, normal noise
+
+try:
+    from kernels.attention import attention
+    from kernels.decode_attention import decode_attention
+except ImportError:
+    def attention(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
+
+    def decode_attention(q, k_cache, v_cache, length):
+        return F.scaled_dot_product_attention(q, k_cache[:, :, :length], v_cache[:, :, :length])
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h, attend):
+        """h (B,T,width) -> the same shape; attend(q, k, v) takes and gives (B,n_head,T,head_dim)."""
+        q, k, v = self.qkv(self.norm1(h)).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        h = h + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return h + self.mlp(self.norm2(h))
+
+
+class Head(nn.Module):
+    """The params of the D numbers of a position, from its features h and from the numbers x before each (as in MADE).
+    Each number d has a small network of its own: params_d = W_d h + V_d relu(A_d h + B_d x_{<d}), biases left out here."""
+
+    def __init__(self, width, D, n_params, n_hidden=32):
+        super().__init__()
+        self.A = nn.Linear(width, D * n_hidden)
+        self.B = nn.Linear(D, D * n_hidden, bias=False)
+        self.V = nn.Parameter(torch.zeros(D, n_hidden, n_params))
+        self.W = zero(nn.Linear(width, D * n_params))
+        mask = torch.arange(D).repeat_interleave(n_hidden)[:, None] > torch.arange(D)  # units of d see what is before d
+        self.register_buffer("mask", mask.float(), persistent=False)
+
+    def from_features(self, h):
+        """A h (B,T,D,n_hidden) and W h (B,T,D,n_params), with their biases, of h (B,T,width)."""
+        return self.A(h).unflatten(2, (len(self.V), -1)), self.W(h).unflatten(2, (len(self.V), -1))
+
+    def forward(self, h, x):
+        """All numbers at once: h (B,T,width), x (B,T,D) -> params (B,T,D,n_params)."""
+        A_h, W_h = self.from_features(h)
+        hidden = F.relu(A_h + F.linear(x, self.B.weight * self.mask).view_as(A_h))
+        return W_h + torch.einsum("btdi,dio->btdo", hidden, self.V)
+
+    def params_of_next(self, A_h, W_h, x):
+        """The params (B,T,1,n_params) of the one number that comes after x (B,T,d). A_h, W_h are of from_features."""
+        d = x.shape[2]
+        B_d = self.B.weight.view(*self.V.shape[:2], -1)[d, :, :d]  # (n_hidden,d)
+        hidden = F.relu(A_h[:, :, d] + F.linear(x, B_d))
+        return (W_h[:, :, d] + hidden @ self.V[d])[:, :, None]
 
 
 def zero(module):
@@ -229,11 +394,29 @@ def zero(module):
     return module
 
 
-# ---- the classical flow: couplings at several scales (--arch glow)
+EDGE = 5.0  # deviations of normal noise; beyond, a straight line goes on, so that each number has an image
 
+
+def to_normal(u):
+    """Numbers u (B,T,D) uniform in [-1,1] to standard normal ones, z = Phi^-1((u + 1) / 2), and log |det| (B,)."""
+    edge = math.erf(EDGE / math.sqrt(2))
+    inside = u.clamp(-edge, edge)
+    z = math.sqrt(2) * torch.erfinv(inside)  # Phi is the cumulative distribution of N(0, 1)
+    log_slope = 0.5 * math.log(math.pi / 2) + z**2 / 2  # log dz/du
+    return z + (u - inside) * torch.exp(log_slope), log_slope.flatten(1).sum(1)
+
+
+def from_normal(z):
+    """The inverse of to_normal."""
+    inside = z.clamp(-EDGE, EDGE)
+    slope_at_edge = math.sqrt(2 / math.pi) * math.exp(-EDGE**2 / 2)
+    return torch.erf(inside / math.sqrt(2)) + (z - inside) * slope_at_edge
+
+
+# ---- the second architecture: couplings at several scales (--arch glow)
 
 class Step(nn.Module):
-    """A step of Glow (table 1): actnorm, an invertible 1x1 convolution, a coupling. (B,C,H,W) -> the same, and log_det.
+    """A step of Glow (table 1): actnorm, an invertible 1x1 convolution, a coupling. x (B,C,H,W) -> z, and log_det (B,).
     Actnorm and convolution are one matrix: x -> W diag(exp(log_scale)) (x + shift), with W = P L (U + diag(s)), eq. 10.
     P permutes, L and U are triangular, L with ones on the diagonal and U with zeros, and s = sign * exp(log_diag)."""
 
@@ -241,12 +424,14 @@ class Step(nn.Module):
         super().__init__()
         self.kind = cfg.coupling
         self.kept = C // 2
-        self.shift, self.log_scale = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
+        self.shift = nn.Parameter(torch.zeros(C))
+        self.log_scale = nn.Parameter(torch.zeros(C))
         rotation, _ = torch.linalg.qr(torch.randn(C, C))
         P, L, U = torch.linalg.lu(rotation)
         self.register_buffer("P", P)
         self.register_buffer("sign", U.diag().sign())
-        self.L, self.U = nn.Parameter(L.tril(-1)), nn.Parameter(U.triu(1))
+        self.L = nn.Parameter(L.tril(-1))
+        self.U = nn.Parameter(U.triu(1))
         self.log_diag = nn.Parameter(U.diag().abs().log())
         self.conv1 = nn.Conv2d(self.kept, cfg.width, 3, padding=1)
         self.conv2 = nn.Conv2d(cfg.width, cfg.width, 1)
@@ -254,11 +439,13 @@ class Step(nn.Module):
         self.label = nn.Embedding(max(classes, 1), cfg.width)
 
     def matrix(self):
+        """W diag(exp(log_scale)), (C,C)."""
         L = self.L.tril(-1) + torch.eye(len(self.L), device=self.L.device, dtype=self.L.dtype)
         U = self.U.triu(1) + torch.diag(self.sign * torch.exp(self.log_diag))
-        return self.P @ L @ U * torch.exp(self.log_scale)
+        return self.P @ L @ U * torch.exp(self.log_scale)  # Glow eq. 10
 
-    def couple(self, x, y, reverse=False):
+    def transform(self, x, y, reverse=False):
+        """The first half of the channels stays, and tells how to transform the others."""
         h = self.conv1(x[:, :self.kept]).add_(self.label(y)[:, :, None, None]).relu_()
         params = self.conv3(self.conv2(h).relu_())
         return couple(self.kind, x, params, self.kept, reverse)
@@ -267,11 +454,11 @@ class Step(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # --amp is for the networks, not for what passes through
             W = self.matrix()
             x = F.conv2d(x, W[:, :, None, None], W @ self.shift)
-        x, log_det = self.couple(x, y)
-        return x, log_det + x[0, 0].numel() * (self.log_diag.sum() + self.log_scale.sum())  # eqs. 9 and 11
+        z, log_det = self.transform(x, y)
+        return z, log_det + z[0, 0].numel() * (self.log_diag.sum() + self.log_scale.sum())  # Glow eqs. 9 and 11
 
     def inverse(self, z, y):
-        x, _ = self.couple(z, y, reverse=True)
+        x, _ = self.transform(z, y, reverse=True)
         return F.conv2d(x, torch.linalg.inv(self.matrix())[:, :, None, None], -self.shift)
 
 
@@ -291,36 +478,27 @@ class Prior(nn.Module):
         return affine_coupling(z, params, 0, reverse, s_max=6.0)  # a prior may have to be very narrow
 
 
-def apply_steps(x, y, steps):
-    total = x.new_zeros(len(x))
-    for step in steps:
-        x, log_det = step(x, y)
-        total = total + log_det
-    return x, total
-
-
 class Glow(nn.Module):
     """At each scale: squeeze 2x2 pixels into channels, steps, half of the channels leave as noise (RealNVP sec. 3.6).
     Where a side is odd, its last row or column leaves before the squeeze, with its own prior: nothing is padded."""
 
-    def __init__(self, C, H, W, classes, cfg):
+    def __init__(self, channels, H, W, classes, cfg):
         super().__init__()
+        C = channels
         self.recompute = cfg.recompute
         self.scales = nn.ModuleList()
-        self.noise_shapes = []  # of what leaves the flow, in the order in which it leaves
         for i in range(cfg.scales):
             scale = nn.ModuleDict({"row": Prior(C, 0, classes), "column": Prior(C, 0, classes)})
-            self.noise_shapes += [(C, H % 2, W), (C, H - H % 2, W % 2)]  # empty where the side is even
             C = 4 * C
-            H, W = H // 2, W // 2
             scale["steps"] = nn.ModuleList(Step(C, classes, cfg) for _ in range(cfg.steps_per_scale))
             if i < cfg.scales - 1:
                 C = C // 2
                 scale["split"] = Prior(C, C, classes)
-                self.noise_shapes.append((C, H, W))
             self.scales.append(scale)
         self.last = Prior(C, 0, classes)
-        self.noise_shapes.append((C, H, W))
+        with torch.no_grad():  # the shapes of what leaves the flow, in the order in which it leaves; some are empty
+            eps, _ = self(torch.zeros(1, channels, H, W), torch.zeros(1, dtype=torch.long))
+        self.noise_shapes = [e.shape[1:] for e in eps]
 
     def forward(self, x, y):
         eps = []
@@ -336,12 +514,12 @@ class Glow(nn.Module):
             leave(scale["row"], x[:, :, H:])
             leave(scale["column"], x[:, :, :H, W:])
             x = F.pixel_unshuffle(x[:, :, :H, :W], 2)
-            steps = scale["steps"]
-            if self.recompute and self.training:
-                x, log_det = Recompute.apply(x, y, steps, *steps.parameters())
-            else:
-                x, log_det = apply_steps(x, y, steps)
-            log_dets.append(log_det)
+            total = x.new_zeros(len(x))
+            for step in scale["steps"]:
+                recompute = self.recompute and self.training
+                x, log_det = checkpoint(step, x, y, use_reentrant=False) if recompute else step(x, y)
+                total = total + log_det
+            log_dets.append(total)
             if "split" in scale:
                 x, z = x.chunk(2, 1)
                 leave(scale["split"], z, seen=x)
@@ -349,7 +527,7 @@ class Glow(nn.Module):
         return eps, sum(log_dets)
 
     def inverse(self, eps, y, how):
-        """The image, and the passes of the network used, which are 1 here. `how` is for tarflow."""
+        """v (B,C,H,W), and how often the network was called, here once. `how` is for tarflow."""
         eps = list(eps)
 
         def enter(prior, seen=None):
@@ -382,203 +560,32 @@ def initialise(model, v, y):
         hook.remove()
 
 
-# ---- the transformer flow: each number is transformed by what comes before it (--arch tarflow)
+# ---- extras: another inverse (--inverse jacobi), samples without noise (--noise), learned noise (--dequantize variational)
+
+def inverse_jacobi(block, z, y):
+    """x from z (B,T,D), all positions at once from the last guess until nothing changes; and the calls of the network.
+    The first n positions are right after n calls (Song 2021). Only positions that come after a change are solved again."""
+    x = z.clone()
+    todo = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)  # (B,T)
+    calls = 0
+    while todo.any():
+        calls += 1
+        unfinished = todo.any(1)  # images
+        h = block.features(x[unfinished], y[unfinished])[todo[unfinished]]  # (N,width), N positions to do
+        x_new = block.solve(z[todo][:, None], h[:, None])[:, 0]  # (N,D)
+        changed = torch.zeros_like(todo)
+        changed[todo] = (x_new - x[todo]).abs().amax(1) >= 1e-5
+        x[todo] = x_new
+        todo = changed.cumsum(1) - changed.int() > 0  # positions after the first change of their image
+    return x, calls
 
 
-class TransformerBlock(nn.Module):
-    def __init__(self, width, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x, attend):
-        """x (B,T,C); attend(q, k, v) takes and gives (B,n_head,T,head_dim)."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
-        return x + self.mlp(self.norm2(x))
-
-
-class Head(nn.Module):
-    """The params of the D numbers of a position, from its features h and from the numbers x before each (as in MADE).
-    Each number d has a small network of its own: params_d = W_d h + V_d relu(A_d h + B_d x_{<d}), biases left out here.
-    Shapes: h (B,T,width), x (B,T,D) -> (B,T,D,n_params)."""
-
-    def __init__(self, width, D, n_params, hidden=32):
-        super().__init__()
-        self.A = nn.Linear(width, D * hidden)
-        self.B = nn.Linear(D, D * hidden, bias=False)
-        self.V = nn.Parameter(torch.zeros(D, hidden, n_params))
-        self.W = zero(nn.Linear(width, D * n_params))
-        mask = torch.arange(D).repeat_interleave(hidden)[:, None] > torch.arange(D)  # units of d see what is before d
-        self.register_buffer("mask", mask.float(), persistent=False)
-
-    def forward(self, h, x):
-        D = x.shape[2]
-        hidden = F.relu(self.A(h) + F.linear(x, self.B.weight * self.mask)).unflatten(2, (D, -1))
-        return self.W(h).unflatten(2, (D, -1)) + torch.einsum("btdi,dio->btdo", hidden, self.V)
-
-    def params_of_next(self, h, x):
-        """The params of the one number that comes after x (B,T,d), (B,T,1,n_params)."""
-        d = x.shape[2]
-        _, n_hidden, n_params = self.V.shape
-        units = slice(d * n_hidden, (d + 1) * n_hidden)
-        outputs = slice(d * n_params, (d + 1) * n_params)
-        from_h = F.linear(h, self.A.weight[units], self.A.bias[units])
-        hidden = F.relu(from_h + F.linear(x, self.B.weight[units, :d]))
-        return (F.linear(h, self.W.weight[outputs], self.W.bias[outputs]) + hidden @ self.V[d])[:, :, None]
-
-
-class TarBlock(nn.Module):
-    """z_i = g(x_i; params_i), where params_i depend on the numbers before i alone. x (B,T,D) -> the same, and log_det.
-    Numbers of earlier positions are seen through a causal transformer, those of i's own position through the head.
-    TarFlow's z = (x - mu) exp(-alpha) (eqs. 4 to 6) is --coupling affine: the log-scale is -alpha, the shift is
-    -mu exp(-alpha). Beyond the paper: splines, and the head."""
-
-    def __init__(self, T, D, classes, cfg):
-        super().__init__()
-        self.kind = cfg.coupling
-        self.n_head = cfg.n_head
-        self.embed = nn.Linear(D, cfg.width)
-        self.start = nn.Embedding(max(classes, 1), cfg.width)  # stands before the first position
-        self.position = nn.Parameter(0.1 * torch.randn(T, cfg.width))
-        self.layers = nn.ModuleList(TransformerBlock(cfg.width, cfg.n_head) for _ in range(cfg.layers))
-        self.norm = nn.LayerNorm(cfg.width)
-        self.head = Head(cfg.width, D, PARAMS[self.kind])
-
-    def couple(self, x, params, reverse=False):
-        """x (B,T,d), all numbers of each position or one of them; params (B,T,d,n_params)."""
-        params = params.permute((0, 2, 3, 1) if self.kind == "spline" else (0, 3, 2, 1))  # (B,d,n,T) or (B,n,d,T)
-        # s_max is larger than in Glow, which has more steps; a spline transforms [-1,1], see TarFlow
-        y, log_det = couple(self.kind, x.transpose(1, 2), params.flatten(1, 2), 0, reverse, s_max=4.0, bound=1.0)
-        return y.transpose(1, 2), log_det
-
-    def features(self, x, y):
-        """What each position knows of those before it, (B,T,width)."""
-        h = torch.cat([self.start(y)[:, None], self.embed(x[:, :-1])], 1) + self.position
-        for layer in self.layers:
-            h = layer(h, lambda q, k, v: attention(q, k, v, "causal"))
-        return self.norm(h)
-
-    def forward(self, x, y):
-        return self.couple(x, self.head(self.features(x, y), x))
-
-    def solve(self, z, h):
-        """x from z, one number of the positions after the other, where h (B,T,width) are their features."""
-        x = z[:, :, :0]
-        for number in z.split(1, 2):
-            solved, _ = self.couple(number, self.head.params_of_next(h, x), reverse=True)
-            x = torch.cat([x, solved], 2)
-        return x
-
-    def inverse_cached(self, z, y):
-        """x from z, one position after the other, and the passes used."""
-        B, T, _ = z.shape
-        head_dim = self.position.shape[1] // self.n_head
-        caches = [z.new_zeros(2, B, self.n_head, T, head_dim) for _ in self.layers]
-        x = torch.zeros_like(z)
-        token = self.start(y)
-        for t in range(T):
-            h = (token + self.position[t])[:, None]
-            for layer, (keys, values) in zip(self.layers, caches, strict=True):
-                def attend(q, k, v, keys=keys, values=values, t=t):
-                    keys[:, :, t] = k[:, :, 0]
-                    values[:, :, t] = v[:, :, 0]
-                    return decode_attention(q, keys, values, t + 1)
-                h = layer(h, attend)
-            x[:, t:t + 1] = self.solve(z[:, t:t + 1], self.norm(h))
-            token = self.embed(x[:, t])
-        return x, T
-
-    def inverse_jacobi(self, z, y):
-        """x from z, all positions at once from the last guess until nothing changes (Song 2021), and the passes used.
-        The first n positions are right after n passes. Only positions that come after a change are solved again."""
-        x = z.clone()
-        todo = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)  # (B,T)
-        passes = 0
-        while todo.any():
-            passes += 1
-            unfinished = todo.any(1)  # images
-            h = self.features(x[unfinished], y[unfinished])[todo[unfinished]]  # (N,width), N positions to do
-            x_new = self.solve(z[todo][:, None], h[:, None])[:, 0]  # (N,D)
-            changed = torch.zeros_like(todo)
-            changed[todo] = (x_new - x[todo]).abs().amax(1) >= 1e-5
-            x[todo] = x_new
-            todo = changed.cumsum(1) - changed.int() > 0  # positions after the first change of their image
-        return x, passes
-
-
-EDGE = 5.0  # deviations of normal noise; beyond, a straight line goes on, so that each number has an image
-
-
-def to_normal(u):
-    """Numbers u (B,T,D) uniform in [-1,1] to standard normal ones, z = Phi^-1((u + 1) / 2), and log |det| (B,)."""
-    edge = math.erf(EDGE / math.sqrt(2))
-    inside = u.clamp(-edge, edge)
-    z = math.sqrt(2) * torch.erfinv(inside)  # Phi is the cumulative distribution of N(0, 1)
-    log_slope = 0.5 * math.log(math.pi / 2) + z**2 / 2
-    return z + (u - inside) * torch.exp(log_slope), log_slope.flatten(1).sum(1)
-
-
-def from_normal(z):
-    """The inverse of to_normal."""
-    inside = z.clamp(-EDGE, EDGE)
-    slope_at_edge = math.sqrt(2 / math.pi) * math.exp(-EDGE**2 / 2)
-    return torch.erf(inside / math.sqrt(2)) + (z - inside) * slope_at_edge
-
-
-class TarFlow(nn.Module):
-    """Blocks over patches of pixels: in raster order, and back to front in every second block.
-    Splines map [-1,1] to itself, so what they make of the data is uniform noise, and to_normal makes it normal."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        self.patch = cfg.patch
-        self.rows = H // cfg.patch
-        D = channels * cfg.patch**2
-        T = channels * H * W // D
-        self.spline = cfg.coupling == "spline"
-        self.shrink = 1 / (1 + 8 * cfg.noise) if self.spline else 1.0  # leaves room for 8 deviations of --noise
-        self.blocks = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.blocks))
-        self.noise_shapes = [(T, D)]
-
-    def forward(self, x, y):
-        z = self.shrink * F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)  # (B,T,D)
-        total = x.new_full((len(x),), x[0].numel() * math.log(self.shrink))
-        for block in self.blocks:
-            z, log_det = block(z, y)
-            z = z.flip(1, 2)
-            total = total + log_det
-        if self.spline:
-            z, log_det = to_normal(z)
-            total = total + log_det
-        return [z], total
-
-    def inverse(self, eps, y, how):
-        """The image, and the passes of the network used: `how` is cached or jacobi."""
-        x = from_normal(eps[0]) if self.spline else eps[0]
-        passes = 0
-        for block in reversed(self.blocks):
-            invert = block.inverse_jacobi if how == "jacobi" else block.inverse_cached
-            x, used = invert(x.flip(1, 2), y)
-            passes += used
-        x = (x / self.shrink).transpose(1, 2).unflatten(2, (self.rows, -1))
-        return F.pixel_shuffle(x, self.patch), passes
-
-
-class Flow(nn.Module):
-    """The flow f, and the learned noise that makes levels continuous (None where the noise is uniform)."""
-
-    def __init__(self, channels, H, W, classes, cfg):
-        super().__init__()
-        self.f = (Glow if cfg.arch == "glow" else TarFlow)(channels, H, W, classes, cfg)
-        self.dequantizer = Dequantizer(channels) if cfg.dequantize == "variational" else None
-
-
-# ---- extras: learned noise (--dequantize variational), memory that does not grow with depth (--recompute)
+def denoise(model, v, y, sigma):
+    """E[clean image | v] where v has noise of deviation sigma: v + sigma^2 d log p(v) / dv (Tweedie; TarFlow eq. 8)."""
+    with torch.enable_grad():
+        v = v.detach().requires_grad_()
+        (score,) = torch.autograd.grad(log_density(model, v, y).sum(), v)
+    return v.detach() + sigma**2 * score
 
 
 class Dequantizer(nn.Module):
@@ -594,42 +601,17 @@ class Dequantizer(nn.Module):
 
     def forward(self, x):
         """x (B,C,H,W) in [-1,1] -> u of its shape, and log q(u | x), (B,)."""
-        h = torch.randn_like(x)
+        h = torch.randn_like(x)  # becomes u = sigmoid(h)
         log_q = log_normal([h])
         row, column = torch.meshgrid(*(torch.arange(n, device=x.device) for n in x.shape[2:]), indexing="ij")
         for i, net in enumerate(self.nets):
             stays = (row + column + i) % 2 == 0
-            params = net(torch.cat([x, h * stays], 1))
-            h, log_det = affine_coupling(h, params, stays)
-            log_q = log_q - log_det
+            params = net(torch.cat([x, h * stays], 1)) * ~stays  # params of 0 change nothing
+            h, log_det = affine_coupling(h, params, 0)
+            log_q = log_q - log_det  # the change of variables
         u = torch.sigmoid(h)
         log_slope = F.logsigmoid(h) + F.logsigmoid(-h)  # du/dh = u (1 - u)
         return u, log_q - log_slope.sum((1, 2, 3))
-
-
-class Recompute(torch.autograd.Function):
-    """Steps of which only the output is kept: backward inverts them one by one, repeats each with gradients (Gomez)."""
-
-    @staticmethod
-    def forward(ctx, x, y, steps, *parameters):
-        x, log_det = apply_steps(x, y, steps)
-        ctx.steps = steps
-        ctx.save_for_backward(x, y)
-        return x, log_det
-
-    @staticmethod
-    def backward(ctx, dx, d_log_det):
-        x, y = ctx.saved_tensors
-        grads = []
-        for step in reversed(ctx.steps):
-            with torch.no_grad():
-                x = step.inverse(x, y)
-            with torch.enable_grad():
-                before = x.detach().requires_grad_()
-                outputs = step(before, y)
-            dx, *of_step = torch.autograd.grad(outputs, (before, *step.parameters()), (dx, d_log_det))
-            grads = of_step + grads
-        return dx, None, None, *grads
 
 
 # ---- the loops
@@ -645,31 +627,29 @@ def train(data, cfg, run):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
-
-    objective = torch.compile(log_likelihood) if cfg.compile else log_likelihood
+    if cfg.compile:
+        model.f.compile()
     model.train()
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)[0]):
         x, y = run.batch(data)
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizer.param_groups[0]["lr"] = lr
         with run.autocast():
-            v, log_q = dequantize(model, x)
-            v = v + cfg.noise * torch.randn_like(v)
-            loss = -objective(model, v, log_q, y).mean() / v[0].numel()
-        norm = run.update(loss, model, optimizer)
+            nll = loss(model, x, y, cfg)
+        norm = run.update(nll, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
-        run.log(loss=loss, bpd=loss / math.log(2), grad_norm=norm, lr=lr)
+        run.log(loss=nll, bpd=nll / math.log(2), grad_norm=norm, lr=lr)
 
 
 @torch.no_grad()
-def bits_per_dim(model, images, classes, cfg, run):
+def evaluate(model, images, classes, cfg, device):
     """An upper bound on -log2 P(x) / D of each image, from one draw of noise; P(x) is the mean of P(x | y) over y."""
     generator = torch.Generator().manual_seed(cfg.seed)  # of uniform noise
     torch.manual_seed(cfg.seed)  # of learned noise, and of --noise
-    labels = torch.arange(max(classes, 1), device=run.device)
+    labels = torch.arange(max(classes, 1), device=device)
     bits = []
     for x in progress(images.split(at_once(images.shape[1:])), "evaluation"):
-        v, log_q = dequantize(model, x.to(run.device), generator)
+        v, log_q = dequantize(model, x.to(device), generator)
         v = v + cfg.noise * torch.randn_like(v)
         given_label = [log_likelihood(model, v, log_q, y.expand(len(x))).cpu().double() for y in labels]
         log_p = torch.logsumexp(torch.stack(given_label), 0) - math.log(len(given_label))
@@ -677,40 +657,18 @@ def bits_per_dim(model, images, classes, cfg, run):
     return torch.cat(bits)
 
 
-def evaluate(model, data, other, cfg, run):
-    """Bits/dim of the test split and of `other`, the test images of --compare; of each image in likelihoods.npz."""
-    bits = {"test": bits_per_dim(model, data.test, run.classes, cfg, run)}
-    if cfg.compare:
-        bits["compare"] = bits_per_dim(model, other, run.classes, cfg, run)
-    write(run.folder / "likelihoods.npz", lambda f: np.savez_compressed(f, **bits), "bits/dim of each image")
-    return {f"{name}_bpd": values.mean().item() for name, values in bits.items()}
-
-
 def generate(model, n, cfg, run):
-    """n images (n,C,H,W) uint8, their labels (n,) and the passes of the network used, from the noise of --seed."""
+    """n images (n,C,H,W) uint8, their labels (n,) and how often a network was called, from the noise of --seed."""
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = run.labels(n)
     images = []
-    passes = 0
+    calls = 0
     for y in progress(labels.split(at_once(run.shape)), "sampling"):
         eps = [e.to(run.device) for e in draw_noise(model, len(y), generator)]
-        v, used = sample(model, eps, y.to(run.device), cfg)
+        v, more = sample(model, eps, y.to(run.device), cfg)
         images.append(quantize(v))
-        passes = max(passes, used)
-    return torch.cat(images), labels, passes
-
-
-@torch.no_grad()
-def show_interpolations(model, data, cfg, run):
-    """In each row two test images, and images on a straight line between their noise, under the label of the first."""
-    y = data.test_labels[:10].to(run.device)
-    v, _ = dequantize(model, data.test[:10].to(run.device), torch.Generator().manual_seed(cfg.seed))
-    first, _ = model.f(v, y)
-    second, _ = model.f(v.roll(1, 0), y)
-    lines = [[torch.lerp(a, b, w) for a, b in zip(first, second, strict=True)] for w in np.linspace(0, 1, 10).tolist()]
-    columns = [model.f.inverse(eps, y, cfg.inverse)[0] for eps in lines]
-    rows = quantize(torch.stack(columns, 1).flatten(0, 1))
-    save_grid(rows, run.folder / "interpolations.png", 10, "a row a pair of test images, from one to the other")
+        calls = max(calls, more)
+    return torch.cat(images), labels, calls
 
 
 # ======== plumbing, byte-identical in all six scripts (python tools/sync.py): nothing about the model is in it ========
@@ -1343,8 +1301,6 @@ def choose(cfg, H, W):
         raise ValueError(f"--n-head {cfg.n_head}: does not divide --width {cfg.width}")
     if glow and min(H, W) < 2**cfg.scales:
         raise ValueError(f"--scales {cfg.scales}: {H} x {W} pixels cannot be halved so often")
-    if cfg.recompute and cfg.amp != "off":
-        raise ValueError(f"--recompute: not with --amp {cfg.amp}, as a step's inverse is then too inexact")
     return cfg
 
 
@@ -1375,28 +1331,22 @@ def main(argv=None):
     run = Run(cfg, saved)
     if cfg.mode != "sample":
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)
-        other = load_data(cfg.compare, cfg.data_dir, cfg.image_size).test if cfg.compare else None
-        if cfg.compare and other.shape[1:] != data.test.shape[1:]:
-            fail(f"--compare {cfg.compare}: images of {list(other.shape[1:])}, not {list(data.test.shape[1:])}")
     if cfg.mode == "train":
         train(data, cfg, run)
     if run.rank > 0:
         return
     model, _ = load(cfg.out, run.device)
     if cfg.mode != "sample":
-        metrics = evaluate(model, data, other, cfg, run)
-        run.write_metrics(final=True, **metrics)
+        bits = evaluate(model, data.test, run.classes, cfg, run.device)
+        write(run.folder / "likelihoods.npz", lambda f: np.savez_compressed(f, test=bits), "bits/dim of each test image")
+        run.write_metrics(final=True, test_bpd=bits.mean().item())
         noise = f", noise of {cfg.noise} added" if cfg.noise else ""
         mean = ", the mean of p(x | y) over the classes" if run.classes else ""
-        print(f"test bits/dim {metrics['test_bpd']:.4f} (upper bound, {cfg.dequantize} dequantisation, one draw each"
-              f"{noise}; {run.tested}{mean})")
-        if cfg.compare:
-            print(f"bits/dim of {cfg.compare} {metrics['compare_bpd']:.4f} (the same bound, {len(other)} test images)")
-        show_interpolations(model, data, cfg, run)
+        print(f"test bits/dim {bits.mean():.4f} (upper bound, one draw of {cfg.dequantize} noise{noise}; {run.tested}{mean})")
     if cfg.mode != "eval":
         start = time.monotonic()
-        images, labels, passes = generate(model, cfg.num_samples, cfg, run)
-        run.write_samples(images, labels, f" in {time.monotonic() - start:.2f} s ({passes} passes)")
+        images, labels, calls = generate(model, cfg.num_samples, cfg, run)
+        run.write_samples(images, labels, f" in {time.monotonic() - start:.2f} s ({calls} calls of a network)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Milliseconds of flow.py's training step and samplers: pytest tests/benchmarks --benchmark-only.
 
-Fixed-point inversion takes as many passes as the weights ask for, so it is timed on trained ones:
-python flow.py --mode sample --inverse jacobi tells its passes and seconds.
+Fixed-point inversion calls the network as often as the weights ask for, so it is timed on trained ones:
+python flow.py --mode sample --inverse jacobi tells its calls and seconds.
 """
 
 import pytest

@@ -177,6 +177,38 @@ def test_spline_round_trip(f):
     assert (y - x).abs().max() > 0.1
 
 
+@both_ways
+@pytest.mark.parametrize("bound", [1.0, 3.0])
+@pytest.mark.parametrize("f", [spline_coupling, spline_coupling_torch, by_loop])
+def test_spline_gradients_at_the_bound_and_far_beyond(f, bound, reverse):
+    """In float32. From the bound to ten times as far y = x and y' = 1, whatever the params are: nothing is asked of them.
+    From the bound inwards log y' has a slope, that of the reference in float64."""
+    ends = torch.tensor([bound, 10 * bound])
+    ends = torch.cat([torch.nextafter(ends[:1], torch.zeros(1)), ends, torch.nextafter(ends[:1], ends[1:])])
+    ends = torch.cat([ends, -ends]).repeat(4).to(DEVICE)[:, None]  # (32,1): each place is a sample of its own
+    params = torch.randn(32, 23, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    outside = ends.abs() > bound
+    assert outside.sum() == 16
+
+    def slopes(f, dtype):
+        x, p = leaves((ends, params), dtype)
+        y, log_det = spline(reverse, f, bound)(x, p)
+        of_y = torch.autograd.grad(y.sum(), (x, p), retain_graph=True)
+        of_log_det = torch.autograd.grad(log_det.sum(), (x, p))
+        return y, log_det, *of_y, *of_log_det
+
+    y, log_det, y_x, y_p, l_x, l_p = slopes(f, torch.float32)
+    want = slopes(spline_coupling_reference, torch.float64)[4]
+    assert torch.equal(y[outside], ends[outside]) and (log_det[outside[:, 0]] == 0).all()
+    assert (y_x[outside] == 1).all() and (l_x[outside] == 0).all()
+    assert (y_p[outside[:, 0]] == 0).all() and (l_p[outside[:, 0]] == 0).all()
+    torch.testing.assert_close(y, ends, rtol=1e-6, atol=0)
+    for got, at_the_end in ((log_det, 0.0), (y_x, 1.0), (y_p, 0.0), (l_p, 0.0)):
+        torch.testing.assert_close(got, torch.full_like(got, at_the_end), rtol=0, atol=1e-3)
+    assert (want[~outside] != 0).all()
+    torch.testing.assert_close(l_x.double(), want, rtol=2e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("f", [affine_coupling, affine_coupling_torch])
 @pytest.mark.parametrize("split", [0, 1, 4, "mask"])
 def test_affine_round_trip(f, split):

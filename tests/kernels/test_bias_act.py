@@ -9,6 +9,7 @@ from harness import (
     TOLERANCE,
     agree,
     assert_near,
+    compilations,
     compiles,
     deterministic,
     gradcheck,
@@ -278,3 +279,61 @@ def test_the_reference_is_pytorchs(shape):
     shifted = torch.stack([a + b for a, b in zip(x.unbind(1), bias, strict=True)], 1)
     torch.testing.assert_close(bias_act_reference(x, bias, 0.3, 1.7), 1.7 * F.leaky_relu(shifted, 0.3))
     torch.testing.assert_close(bias_act_reference(x, None, 0.0, 1.0), F.relu(x))
+
+
+@pytest.mark.parametrize("op", ["fwd", "bwd"])
+def test_backend_of_a_call(op, monkeypatch):
+    """It stands in for the mode, both ways, also for what the backward pass runs."""
+    launched = []
+    launch = module.launch
+    monkeypatch.setattr(module, "launch", lambda kernel, *a, **k: launched.append(1) or launch(kernel, *a, **k))
+    x, bias = leaves(inputs((2, 6, 5, 3)))
+    results = []
+    for mode, backend, launches in (("torch", "triton", 1), ("triton", "torch", 0), ("torch", None, 0), ("triton", None, 1)):
+        monkeypatch.setattr(kernels, "mode", mode)
+        launched.clear()
+        y = bias_act(x, bias, backend=backend)
+        grads = torch.autograd.grad(y.sum(), (x, bias)) if op == "bwd" else ()
+        assert len(launched) == (launches if op == "fwd" else 2 * launches)
+        results.append((y, *grads))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+    with pytest.raises(ValueError, match="must be one of"):
+        bias_act(x, bias, backend="cuda")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, None], ids=str)
+def test_types_are_those_of_the_plain_form(dtype, bias_dtype, autocast):
+    """Under autocast as well, and for a bias of another type: y and its gradients, in both modes."""
+    x, bias = inputs((2, 6, 5, 3), True)
+    x = x.to(dtype)
+    bias = bias.to(bias_dtype) if bias_dtype else None
+    want = bias_act_reference(x.double(), None if bias is None else bias.double())
+    for backend in ("torch", "triton"):
+        given = leaves((x, bias))
+        with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+            y = bias_act(*given, backend=backend)
+        grads = torch.autograd.grad(y.float().sum(), [a for a in given if a is not None])
+        assert y.dtype == grads[0].dtype == dtype and grads[-1].dtype == (bias_dtype or dtype)
+        assert_near(y, want, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_image_sizes_share_compilations(channels_last, monkeypatch):
+    """Sizes are arguments: ten of them make at most four variants of a kernel, by what 16 divides and by long rows or short."""
+    monkeypatch.setattr(module, "launch", lambda kernel, programs, *args, **constants: None)
+    with compilations(module, monkeypatch) as keys:
+        for H, W in ((7, 7), (8, 8), (9, 9), (14, 14), (16, 16), (20, 28), (28, 28), (32, 32), (47, 47), (64, 64)):
+            x, bias = leaves(inputs((2, 16, H, W), channels_last))
+            bias_act(x, bias).sum().backward()
+    launched = [name for name, _ in keys]
+    counts = {name: launched.count(name) for name in launched}
+    assert len(counts) == 2 and max(counts.values()) <= 4, counts
+
+
+def test_transformed_by_torch_func():
+    x, bias = inputs((2, 4, 3, 3))
+    got = torch.func.grad(lambda b: bias_act(x, b).sin().sum())(bias)
+    torch.testing.assert_close(got, torch.func.grad(lambda b: bias_act_reference(x, b).sin().sum())(bias))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launch, operator, tl, triton, use_triton
 
 TILE = 4096  # elements that a program holds at once
+LEAST = 1 << 16  # elements from which "auto" takes the kernel; see group_norm.py, whose saving is of the same size
 TILES = 4  # tiles that a program of the backward kernel goes through, for one partial sum a channel
 
 
@@ -183,17 +184,19 @@ def supports(x, bias):
     return True, ""
 
 
-def bias_act(x, bias=None, slope=0.2, gain=2**0.5):
+def bias_act(x: torch.Tensor, bias: torch.Tensor | None = None, slope: float = 0.2, gain: float = 2**0.5, *,
+             backend: str | None = None) -> torch.Tensor:
     """gain * leaky_relu(x + bias), of x (B, C, *) floating and bias (C,) or None: the shape, type and layout of x.
 
     slope >= 0, and 0 for a ReLU; gain > 0, by default what keeps the second moment. Differentiable any number of times in
-    x and bias. Raises ValueError for what does not fit, and what use_triton raises.
+    x and bias. backend: one of kernels.MODES, for this call. Raises ValueError for what does not fit, and what use_triton
+    raises.
     """
     if x.dim() < 2 or bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"bias_act: bias {None if bias is None else tuple(bias.shape)} does not fit x {tuple(x.shape)}")
     if slope < 0 or gain <= 0:
         raise ValueError(f"bias_act: slope {slope} must not be negative, gain {gain} must be positive")
-    if use_triton("bias_act", x, lambda: supports(x, bias), least=1 << 16, elementwise=True):
+    if use_triton("bias_act", x, lambda: supports(x, bias), LEAST, elementwise=True, backend=backend):
         return _fwd(x, bias, None, slope, gain)
     return bias_act_torch(x, bias, slope, gain)
 

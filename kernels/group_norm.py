@@ -9,8 +9,10 @@ Least bytes, n = bytes of x: forward 2n (x in, y out), backward 3n (x and dy in,
 whole group, which is up to 8,192 elements with its sides rounded up to powers of two. A larger group is split over
 several programs, so that few groups still fill the device, and each pass over it reads again: 3n and 5n. Beside that
 only statistics move, a few numbers a group and channel. x is all that is saved for the backward pass: z is recomputed.
+How a group is split follows from the device's processors, so the last digits of y are the same on one kind of device.
 
-When not: on the CPU, and under torch.compile where neighbours could be fused into one plain pass.
+When not: on the CPU, and under torch.compile where neighbours could be fused into one plain pass. There are no derivatives
+of derivatives and no forward-mode ones.
 """
 
 import math
@@ -18,14 +20,19 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launch, operator, processors, tl, triton, use_triton
 
 TILE = 8192  # elements that a program holds at once
+# Elements from which "auto" takes the kernel. PyTorch's group norm and SiLU are two calls; a kernel's call costs the CPU some
+# 15 us more (argued from the cost of triton's launch), in which an H100 moves some 20 MB: what 5n - 2n saves at 2^16 elements
+# is far less, so below it the kernel cannot win, and above it a loop of many calls hides the CPU's part.
+LEAST = 1 << 16
 
 
 def group_norm_silu_reference(x, groups, weight, bias, eps=1e-5, silu=True):
     g = x.reshape(len(x), groups, -1)
-    mean, var = g.mean(2, keepdim=True), g.var(2, correction=0, keepdim=True)
+    mean = g.mean(2, keepdim=True)
+    var = g.var(2, correction=0, keepdim=True)
     shape = (1, -1) + (1,) * (x.dim() - 2)
     z = ((g - mean) / (var + eps).sqrt()).view(x.shape) * weight.view(shape) + bias.view(shape)
     return z * torch.sigmoid(z) if silu else z
@@ -43,7 +50,8 @@ def group_norm_silu_torch(x, groups, weight, bias, eps=1e-5, silu=True):
 @jit
 def _tile(c0, p0, c_end, P, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """The tile that starts at channel c0 and position p0: its channels, its offsets in the image, its mask."""
-    c, p = c0 + tl.arange(0, BLOCK_C), p0 + tl.arange(0, BLOCK_P)
+    c = c0 + tl.arange(0, BLOCK_C)
+    p = p0 + tl.arange(0, BLOCK_P)
     offsets = c[:, None].to(tl.int64) * stride_c + p[None, :].to(tl.int64) * stride_p  # [BLOCK_C, BLOCK_P]
     return c, offsets, (c[:, None] < c_end) & (p[None, :] < P)
 
@@ -61,9 +69,10 @@ def _grad_z(x_hat, dy, w, b, SILU: tl.constexpr):
 @jit
 def _group_fwd_kernel(X, W, Bias, Y, Mean, Rstd, C, P, stride_c, stride_p, groups, eps, SIZE: tl.constexpr,
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """A program a group: one read, one write."""
+    """A program a group of SIZE channels: one read, one write."""
     pid = tl.program_id(0)
-    image, first = (pid // groups).to(tl.int64) * C * P, pid % groups * SIZE
+    image = (pid // groups).to(tl.int64) * C * P
+    first = pid % groups * SIZE
     c, offsets, mask = _tile(first, 0, first + SIZE, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
     x = tl.load(X + image + offsets, mask=mask, other=0.0).to(ACC)
     w = tl.load(W + c, mask=c < first + SIZE, other=0.0).to(ACC)
@@ -85,7 +94,8 @@ def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, st
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """A program a group: x and dy read once, dx written; DW and DB (B, C) are this image's share."""
     pid = tl.program_id(0)
-    row, first = (pid // groups).to(tl.int64) * C, pid % groups * SIZE
+    row = (pid // groups).to(tl.int64) * C
+    first = pid % groups * SIZE
     c, offsets, mask = _tile(first, 0, first + SIZE, P, stride_c, stride_p, BLOCK_C, BLOCK_P)
     x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
     dy = tl.load(DY + row * P + offsets, mask=mask, other=0.0).to(ACC)
@@ -94,7 +104,8 @@ def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, st
     rstd = tl.load(Rstd + pid)
     x_hat = (x - tl.load(Mean + pid)) * rstd
     dz = _grad_z(x_hat, dy, w, b, SILU)  # 0 outside the mask, where dy is 0
-    dw, db = tl.sum(dz * x_hat, 1), tl.sum(dz, 1)  # [BLOCK_C]
+    dw = tl.sum(dz * x_hat, 1)  # [BLOCK_C]
+    db = tl.sum(dz, 1)
     n = tl.cast(SIZE * P, ACC)
     dx = rstd * (dz * w[:, None] - tl.sum(db * w, 0) / n - x_hat * (tl.sum(dw * w, 0) / n))
     tl.store(DX + row * P + offsets, dx.to(DX.dtype.element_ty), mask=mask)
@@ -103,18 +114,22 @@ def _group_bwd_kernel(X, DY, W, Bias, Mean, Rstd, DX, DW, DB, C, P, stride_c, st
 
 
 @jit
-def _split(C, P, splits, BLOCK_C: tl.constexpr):
-    """What a program of the split kernels has: the first channel of its image's row, its first channel, its chunk's number."""
-    pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
-    return (pid // splits // blocks).to(tl.int64) * C, pid // splits % blocks * BLOCK_C, pid % splits
+def _place(C, splits, BLOCK_C: tl.constexpr):
+    """Where a program of the split kernels is: its image times C, its first channel, the number of its chunk."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    image = pid // splits // blocks
+    return image.to(tl.int64) * C, pid // splits % blocks * BLOCK_C, pid % splits
 
 
 @jit
 def _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC: tl.constexpr):
     """The groups of channels c, and the numbers that belong to these: weight, bias, mean, 1 / standard deviation."""
     group = row // C * groups + c // (C // groups)
-    w, b = tl.load(W + c, mask=c < C, other=0.0).to(ACC), tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
-    mean, rstd = tl.load(Mean + group, mask=c < C, other=0.0), tl.load(Rstd + group, mask=c < C, other=0.0)
+    w = tl.load(W + c, mask=c < C, other=0.0).to(ACC)
+    b = tl.load(Bias + c, mask=c < C, other=0.0).to(ACC)
+    mean = tl.load(Mean + group, mask=c < C, other=0.0)
+    rstd = tl.load(Rstd + group, mask=c < C, other=0.0)
     return group, w, b, mean, rstd
 
 
@@ -122,13 +137,16 @@ def _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC: tl.constexpr):
 def _split_moments_kernel(X, Means, M2s, C, P, stride_c, stride_p, splits, chunk,
                           ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Mean and sum of squared deviations of every channel over every chunk of positions, (B, C, splits), by Chan's rule."""
-    row, c0, split = _split(C, P, splits, BLOCK_C)
-    end = tl.minimum((split + 1) * chunk, P)
-    mean, m2 = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
-    for p0 in range(split * chunk, end, BLOCK_P):
+    row, c0, split = _place(C, splits, BLOCK_C)
+    start = split * chunk
+    end = tl.minimum(start + chunk, P)
+    mean = tl.zeros([BLOCK_C], ACC)
+    m2 = tl.zeros([BLOCK_C], ACC)
+    for p0 in range(start, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
         x = tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC)
-        seen, new = (p0 - split * chunk).to(ACC), tl.minimum(end - p0, BLOCK_P).to(ACC)
+        seen = (p0 - start).to(ACC)
+        new = tl.minimum(end - p0, BLOCK_P).to(ACC)
         tile_mean = tl.sum(x, 1) / new
         d = tl.where(mask, x - tile_mean[:, None], 0.0)
         delta = tile_mean - mean
@@ -140,22 +158,31 @@ def _split_moments_kernel(X, Means, M2s, C, P, stride_c, stride_p, splits, chunk
 
 
 @jit
+def _positions(i, size, P, splits, chunk, ACC: tl.constexpr):
+    """How many positions the i-th of a group's size * splits partial sums is of."""
+    left = P - i % splits * chunk
+    return tl.where(i < size * splits, tl.minimum(left, chunk), 0).to(ACC)
+
+
+@jit
 def _split_combine_kernel(Means, M2s, Mean, Rstd, C, P, groups, splits, chunk, eps, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """A program a group: its mean and 1 / standard deviation, from those of its channels' chunks."""
     pid = tl.program_id(0)
     size = C // groups
-    start, n = pid.to(tl.int64) * size * splits, (size * P).to(ACC)
-    mean, m2 = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    start = pid.to(tl.int64) * size * splits
+    n = tl.cast(size * P, ACC)
+    share = tl.zeros([BLOCK], ACC)
     for i0 in range(0, size * splits, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        count = tl.where(i < size * splits, tl.minimum(P - i % splits * chunk, chunk), 0).to(ACC)
-        mean += count * tl.load(Means + start + i, mask=i < size * splits, other=0.0) / n
-    total = tl.sum(mean, 0)
+        mean = tl.load(Means + start + i, mask=i < size * splits, other=0.0)
+        share += _positions(i, size, P, splits, chunk, ACC) * mean / n
+    total = tl.sum(share, 0)
+    m2 = tl.zeros([BLOCK], ACC)
     for i0 in range(0, size * splits, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        count = tl.where(i < size * splits, tl.minimum(P - i % splits * chunk, chunk), 0).to(ACC)
         d = tl.load(Means + start + i, mask=i < size * splits, other=0.0) - total
-        m2 += tl.load(M2s + start + i, mask=i < size * splits, other=0.0) + count * d * d
+        within = tl.load(M2s + start + i, mask=i < size * splits, other=0.0)
+        m2 += within + _positions(i, size, P, splits, chunk, ACC) * d * d
     tl.store(Mean + pid, total)
     tl.store(Rstd + pid, 1 / tl.sqrt(tl.sum(m2, 0) / n + eps))
 
@@ -163,8 +190,9 @@ def _split_combine_kernel(Means, M2s, Mean, Rstd, C, P, groups, splits, chunk, e
 @jit
 def _split_fwd_kernel(X, W, Bias, Mean, Rstd, Y, C, P, stride_c, stride_p, groups, splits, chunk,
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    row, c0, split = _split(C, P, splits, BLOCK_C)
-    end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
+    row, c0, split = _place(C, splits, BLOCK_C)
+    end = tl.minimum((split + 1) * chunk, P)
+    c = c0 + tl.arange(0, BLOCK_C)
     _, w, b, mean, rstd = _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC)
     for p0 in range(split * chunk, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
@@ -179,10 +207,12 @@ def _split_fwd_kernel(X, W, Bias, Mean, Rstd, Y, C, P, stride_c, stride_p, group
 def _split_sums_kernel(X, DY, W, Bias, Mean, Rstd, DWs, DBs, C, P, stride_c, stride_p, groups, splits, chunk,
                        SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Sums of dz * x_hat and of dz over every chunk of positions of every channel, (B, C, splits)."""
-    row, c0, split = _split(C, P, splits, BLOCK_C)
-    end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
+    row, c0, split = _place(C, splits, BLOCK_C)
+    end = tl.minimum((split + 1) * chunk, P)
+    c = c0 + tl.arange(0, BLOCK_C)
     _, w, b, mean, rstd = _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC)
-    dw, db = tl.zeros([BLOCK_C], ACC), tl.zeros([BLOCK_C], ACC)
+    dw = tl.zeros([BLOCK_C], ACC)
+    db = tl.zeros([BLOCK_C], ACC)
     for p0 in range(split * chunk, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
         x_hat = (tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
@@ -198,10 +228,12 @@ def _split_sums_kernel(X, DY, W, Bias, Mean, Rstd, DWs, DBs, C, P, stride_c, str
 def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, stride_c, stride_p, groups, splits, chunk,
                       SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """dx, from the group's means of w dz x_hat and w dz, (B, groups)."""
-    row, c0, split = _split(C, P, splits, BLOCK_C)
-    end, c = tl.minimum((split + 1) * chunk, P), c0 + tl.arange(0, BLOCK_C)
+    row, c0, split = _place(C, splits, BLOCK_C)
+    end = tl.minimum((split + 1) * chunk, P)
+    c = c0 + tl.arange(0, BLOCK_C)
     group, w, b, mean, rstd = _of_channels(W, Bias, Mean, Rstd, row, c, C, groups, ACC)
-    dw, db = tl.load(GroupDW + group, mask=c < C, other=0.0), tl.load(GroupDB + group, mask=c < C, other=0.0)
+    dw = tl.load(GroupDW + group, mask=c < C, other=0.0)
+    db = tl.load(GroupDB + group, mask=c < C, other=0.0)
     for p0 in range(split * chunk, end, BLOCK_P):
         c, offsets, mask = _tile(c0, p0, C, end, stride_c, stride_p, BLOCK_C, BLOCK_P)
         x_hat = (tl.load(X + row * P + offsets, mask=mask, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
@@ -213,12 +245,15 @@ def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, st
 # ---- operators
 
 
-def _layout(x, groups):
-    """Sizes and strides for the kernels; blocks of the whole-group kernels, or None; blocks of the split ones."""
-    x, last = dense(x)
-    C, P = x.shape[1], x[0, 0].numel()
-    strides = (1, C) if last else (P, 1)
-    whole = triton.next_power_of_2(C // groups), triton.next_power_of_2(P)
+def _whole(C, P, groups):
+    """The tile of a program that holds a whole group, channels by positions; None where a group is too large for one."""
+    block_c = triton.next_power_of_2(C // groups)
+    block_p = triton.next_power_of_2(P)
+    return (block_c, block_p) if block_c * block_p <= TILE else None
+
+
+def _split(B, C, P, last, wanted):
+    """The tile of the split kernels, and the positions of a chunk, so that at least `wanted` programs start if possible."""
     if last:
         block_c = min(triton.next_power_of_2(C), 128)
         block_p = TILE // 2 // block_c
@@ -226,86 +261,110 @@ def _layout(x, groups):
         block_p = min(triton.next_power_of_2(P), TILE // 2)
         block_c = min(triton.next_power_of_2(C), TILE // 2 // block_p)
     chunk = 8 * block_p  # so that the partial sums of a chunk are a small share of what was read for them
-    splits = triton.cdiv(P, chunk)
-    return x, (C, P, *strides), whole if whole[0] * whole[1] <= TILE else None, (block_c, block_p), chunk, splits
+    while B * triton.cdiv(C, block_c) * triton.cdiv(P, chunk) < wanted:
+        if chunk > block_p:
+            chunk //= 2
+        elif last and block_c > 32:  # 32 channels side by side are still 64 bytes or more
+            block_c //= 2
+        elif not last and block_p > 512:
+            block_p //= 2
+            chunk = block_p
+        else:
+            break
+    return block_c, block_p, chunk
 
 
 def _num_warps(blocks):
     return min(max(blocks[0] * blocks[1] // 512, 1), 16)
 
 
-def _constants(x, blocks, **more):
-    acc = acc_type(x)
-    return {"ACC": acc, "BLOCK_C": blocks[0], "BLOCK_P": blocks[1], "num_warps": _num_warps(blocks)} | more
+def _constants(x, block_c, block_p):
+    return {"ACC": acc_type(x), "BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": _num_warps((block_c, block_p))}
 
 
-@torch.library.custom_op("m2::group_norm_fwd", mutates_args=())
-def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float,
-         silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, sizes, whole, blocks, chunk, splits = _layout(x, groups)
-    weight, bias, B, C, acc = weight.contiguous(), bias.contiguous(), x.shape[0], x.shape[1], accumulator(x)
-    y, mean, rstd = torch.empty_like(x), x.new_empty(B, groups, dtype=acc), x.new_empty(B, groups, dtype=acc)
-    with launching(x):
-        if whole:
-            constants = _constants(x, whole, SILU=silu, SIZE=C // groups)
-            _group_fwd_kernel[(B * groups,)](x, weight, bias, y, mean, rstd, *sizes, groups, eps, **constants)
-        else:
-            constants = _constants(x, blocks)
-            grid = (B * triton.cdiv(C, blocks[0]) * splits,)
-            means, m2s = x.new_empty(B, C, splits, dtype=acc), x.new_empty(B, C, splits, dtype=acc)
-            _split_moments_kernel[grid](x, means, m2s, *sizes, splits, chunk, **constants)
-            _split_combine_kernel[(B * groups,)](means, m2s, mean, rstd, *sizes[:2], groups, splits, chunk, eps,
-                                                 ACC=constants["ACC"], BLOCK=1024)
-            _split_fwd_kernel[grid](x, weight, bias, mean, rstd, y, *sizes, groups, splits, chunk, SILU=silu, **constants)
-    return y, mean, rstd
+def _sizes(x, last):
+    """C, P and the two strides of an image, as all kernels take them."""
+    C = x.shape[1]
+    P = x.numel() // (len(x) * C)
+    return (C, P, 1, C) if last else (C, P, P, 1)
 
 
-@_fwd.register_fake
-def _(x, groups, weight, bias, eps, silu):
+def _fake_fwd(x, groups, weight, bias, eps, silu):
     stats = x.new_empty(x.shape[0], groups, dtype=accumulator(x))
     return torch.empty_like(dense(x)[0]), stats, torch.empty_like(stats)
 
 
-@torch.library.custom_op("m2::group_norm_bwd", mutates_args=())
-def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
-         rstd: torch.Tensor, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, sizes, whole, blocks, chunk, splits = _layout(x, groups)
-    dy = dy.contiguous(memory_format=torch.channels_last if dense(x)[1] else torch.contiguous_format)
-    weight, bias, B, C, acc = weight.contiguous(), bias.contiguous(), x.shape[0], x.shape[1], accumulator(x)
-    dx = torch.empty_like(x)
-    with launching(x):
-        if whole:
-            dw, db = x.new_empty(B, C, dtype=acc), x.new_empty(B, C, dtype=acc)
-            _group_bwd_kernel[(B * groups,)](x, dy, weight, bias, mean, rstd, dx, dw, db, *sizes, groups,
-                                             **_constants(x, whole, SILU=silu, SIZE=C // groups))
-        else:
-            constants = _constants(x, blocks, SILU=silu)
-            grid = (B * triton.cdiv(C, blocks[0]) * splits,)
-            sums = x.new_empty(2, B, C, splits, dtype=acc)
-            _split_sums_kernel[grid](x, dy, weight, bias, mean, rstd, *sums, *sizes, groups, splits, chunk, **constants)
-            dw, db = sums = sums.sum(3)  # (2, B, C)
-            means = (sums * weight.to(acc)).unflatten(2, (groups, -1)).sum(3) / (C // groups * sizes[1])
-            _split_bwd_kernel[grid](x, dy, weight, bias, mean, rstd, *means, dx, *sizes, groups, splits, chunk, **constants)
-    return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype)
-
-
-@_bwd.register_fake
-def _(dy, x, groups, weight, bias, mean, rstd, silu):
-    return torch.empty_like(dense(x)[0]), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
 def _save(ctx, inputs, output):
     x, ctx.groups, weight, bias, _, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # nothing asks for gradients of the statistics
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
 def _backward(ctx, dy, dmean, drstd):
+    if dy is None:
+        return None, None, None, None, None, None
     x, weight, bias, mean, rstd = ctx.saved_tensors
     dx, dw, db = _bwd(dy, x, ctx.groups, weight, bias, mean, rstd, ctx.silu)
     return dx, None, dw, db, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_save)
+@operator("group_norm_fwd", _fake_fwd, _save, _backward)
+def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+         silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, last = dense(x)
+    weight = weight.contiguous()
+    bias = bias.contiguous()
+    B = len(x)
+    C, P, *strides = _sizes(x, last)
+    y = torch.empty_like(x)
+    mean = x.new_empty(B, groups, dtype=accumulator(x))
+    rstd = torch.empty_like(mean)
+    if whole := _whole(C, P, groups):
+        launch(_group_fwd_kernel, B * groups, x, weight, bias, y, mean, rstd, C, P, *strides, groups, eps,
+               SIZE=C // groups, SILU=silu, **_constants(x, *whole))
+        return y, mean, rstd
+    *blocks, chunk = _split(B, C, P, last, 2 * processors(x.device))
+    splits = triton.cdiv(P, chunk)
+    programs = B * triton.cdiv(C, blocks[0]) * splits
+    constants = _constants(x, *blocks)
+    means = x.new_empty(B, C, splits, dtype=mean.dtype)
+    m2s = torch.empty_like(means)
+    launch(_split_moments_kernel, programs, x, means, m2s, C, P, *strides, splits, chunk, **constants)
+    launch(_split_combine_kernel, B * groups, means, m2s, mean, rstd, C, P, groups, splits, chunk, eps,
+           ACC=constants["ACC"], BLOCK=1024)
+    launch(_split_fwd_kernel, programs, x, weight, bias, mean, rstd, y, C, P, *strides, groups, splits, chunk,
+           SILU=silu, **constants)
+    return y, mean, rstd
+
+
+def _fake_bwd(dy, x, groups, weight, bias, mean, rstd, silu):
+    return torch.empty_like(dense(x)[0]), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+@operator("group_norm_bwd", _fake_bwd)
+def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
+         rstd: torch.Tensor, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, last = dense(x)
+    dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    inputs = (x, dy, weight.contiguous(), bias.contiguous(), mean, rstd)
+    B = len(x)
+    C, P, *strides = _sizes(x, last)
+    dx = torch.empty_like(x)
+    if whole := _whole(C, P, groups):
+        sums = x.new_empty(2, B, C, dtype=mean.dtype)
+        launch(_group_bwd_kernel, B * groups, *inputs, dx, *sums, C, P, *strides, groups,
+               SIZE=C // groups, SILU=silu, **_constants(x, *whole))
+    else:
+        *blocks, chunk = _split(B, C, P, last, 2 * processors(x.device))
+        splits = triton.cdiv(P, chunk)
+        programs = B * triton.cdiv(C, blocks[0]) * splits
+        constants = _constants(x, *blocks)
+        parts = x.new_empty(2, B, C, splits, dtype=mean.dtype)
+        launch(_split_sums_kernel, programs, *inputs, *parts, C, P, *strides, groups, splits, chunk, SILU=silu, **constants)
+        sums = parts.sum(3)  # (2, B, C)
+        means = (sums * weight.to(mean.dtype)).unflatten(2, (groups, -1)).sum(3) / (C // groups * P)
+        launch(_split_bwd_kernel, programs, *inputs, *means, dx, C, P, *strides, groups, splits, chunk, SILU=silu, **constants)
+    return dx, sums[0].sum(0).to(weight.dtype), sums[1].sum(0).to(bias.dtype)
 
 
 def supports(x, groups, weight, bias):
@@ -318,23 +377,26 @@ def supports(x, groups, weight, bias):
     return True, ""
 
 
-def group_norm_silu(x, groups, weight, bias, eps=1e-5, silu=True):
+def group_norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
+                    silu: bool = True, *, backend: str | None = None) -> torch.Tensor:
     """SiLU of the group norm of x; group_norm without SiLU. x (B, C, *) floating -> the same shape, type and layout
     (the plain form on CUDA: those of PyTorch's own group norm, float32 under autocast).
 
-    groups divides C; weight, bias (C,). Differentiable once in x, weight and bias. Raises ValueError for shapes that do
-    not fit, and what use_triton raises.
+    groups divides C; weight, bias (C,). Differentiable once in x, weight and bias. backend: one of kernels.MODES, for this
+    call. Raises ValueError for shapes that do not fit, and what use_triton raises.
     """
     if x.dim() < 2 or groups < 1 or x.shape[1] % groups or not weight.shape == bias.shape == x.shape[1:2]:
         raise ValueError(f"group_norm_silu: {groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} "
                          f"do not fit x {tuple(x.shape)}")
-    if use_triton("group_norm_silu", x, lambda: supports(x, groups, weight, bias), least=1 << 16):
+    if use_triton("group_norm_silu", x, lambda: supports(x, groups, weight, bias), LEAST, backend=backend):
         return _fwd(x, groups, weight, bias, eps, silu)[0]
     return group_norm_silu_torch(x, groups, weight, bias, eps, silu)
 
 
-def group_norm(x, groups, weight, bias, eps=1e-5):
-    return group_norm_silu(x, groups, weight, bias, eps, silu=False)
+def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, *,
+               backend: str | None = None) -> torch.Tensor:
+    """Group norm alone: group_norm_silu without its SiLU."""
+    return group_norm_silu(x, groups, weight, bias, eps, silu=False, backend=backend)
 
 
 def _spec(kernel, dtype, values, statistics, blocks, registers, channels_last=False, more=None):
@@ -364,3 +426,19 @@ AOT_SPECS = [] if triton is None else [
          | dict.fromkeys(("C", "P", "groups", "chunk"), "i32") | {"splits": "i32:16", "eps": "fp32"}
          | {"ACC": tl.float32, "BLOCK": 1024}, registers=64),
 ]
+
+
+def _more():
+    """Every other tile of a launch, in every type."""
+    for t in ("fp32", "bf16", "fp16"):
+        for blocks in ((32, 128), (32, 32), (64, 64), (64, 32), (128, 32)):
+            yield _spec("_split_moments_kernel", t, ("X",), ("Means", "M2s"), blocks, 128, True)
+            yield _spec("_split_fwd_kernel", t, ("X", "Y"), _STATS, blocks, 128, True)
+            yield _spec("_split_sums_kernel", t, ("X", "DY"), (*_STATS, "DWs", "DBs"), blocks, 168, True)
+            yield _spec("_split_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "GroupDW", "GroupDB"), blocks, 168, True)
+        for blocks in ((1, 4096), (4, 1024), (8, 512)):
+            yield _spec("_split_sums_kernel", t, ("X", "DY"), (*_STATS, "DWs", "DBs"), blocks, 168)
+            yield _spec("_split_bwd_kernel", t, ("X", "DY", "DX"), (*_STATS, "GroupDW", "GroupDB"), blocks, 168)
+
+
+AOT_MORE = [] if triton is None else list(_more())

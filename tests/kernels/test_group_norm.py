@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, agree, compiles, deterministic, gradcheck, nbytes, opcheck, traffic
+from harness import DEVICE, GRADIENTS, agree, compilations, compiles, deterministic, gradcheck, nbytes, opcheck, traffic
 
 import kernels
 from kernels import group_norm as module
@@ -107,7 +107,7 @@ def test_gradcheck(tile, silu, monkeypatch):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_as_a_custom_operator(channels_last):
     x, groups, weight, bias = inputs(SHAPES[1], channels_last)
-    opcheck(module._fwd, (x, groups, weight, bias, 1e-5, True))
+    opcheck(module._fwd.operator, (x, groups, weight, bias, 1e-5, True))
     compiles(lambda x, w, b: group_norm_silu(x, groups, w, b), (x, weight, bias))
 
 
@@ -136,3 +136,84 @@ def test_the_plain_form_is_the_reference():
     for silu in (False, True):
         torch.testing.assert_close(group_norm_silu_torch(x, groups, weight, bias, silu=silu),
                                    group_norm_silu_reference(x, groups, weight, bias, silu=silu))
+
+
+def test_no_second_derivative():
+    """An error, not a wrong number: the backward kernel has no gradients of its own."""
+    x, groups, weight, bias = inputs(SHAPES[1])
+    x.requires_grad_()
+    first, = torch.autograd.grad(group_norm_silu(x, groups, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_backend_stands_in_for_the_mode(mode, backend, monkeypatch):
+    launched = []
+    launch = module.launch
+
+    def counted(kernel, *args, **more):
+        launched.append(kernel)
+        launch(kernel, *args, **more)
+
+    monkeypatch.setattr(module, "launch", counted)
+    monkeypatch.setattr(kernels, "mode", mode)
+    x, groups, weight, bias = inputs(SHAPES[1])
+    y = group_norm_silu(x, groups, weight, bias, backend=backend)
+    group_norm(x, groups, weight, bias, backend=backend)
+    assert len(launched) == (2 if backend == "triton" else 0)
+    torch.testing.assert_close(y, group_norm_silu_reference(x, groups, weight, bias))
+    with pytest.raises(ValueError, match="must be one of"):
+        group_norm_silu(x, groups, weight, bias, backend="cuda")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("B, C, side", [(1, 128, 64), (1, 64, 32), (1, 256, 64), (2, 320, 64), (1, 32, 256), (8, 128, 128)])
+def test_there_are_programs_for_every_processor(B, C, side, channels_last):
+    """At least two each where there is as much to do: a program has 2,048 elements."""
+    wanted = 2 * 132
+    block_c, block_p, chunk = module._split(B, C, side**2, channels_last, wanted)
+    programs = B * -(-C // block_c) * -(-(side**2) // chunk)
+    assert block_c * block_p <= module.TILE and chunk % block_p == 0 and programs >= min(wanted, B * C * side**2 // 2048)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_chunks_change_nothing_but_rounding(channels_last, monkeypatch):
+    monkeypatch.setattr(module, "TILE", 64)
+    results = []
+    for number in (1, 4):
+        monkeypatch.setattr(module, "processors", lambda device, number=number: number)
+        torch.manual_seed(1)
+        x, groups, weight, bias = inputs((1, 4, 20, 15), channels_last)
+        x.requires_grad_()
+        y = group_norm_silu(x, groups, weight, bias)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        agree(group_norm_silu, reference, (x, groups, weight, bias))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_few_compilations_for_many_sizes(channels_last, monkeypatch):
+    """Ten sizes of image: what decides code is the power of two above a size, and whether 16 divides it."""
+    sizes = [(16 + 2 * i, 20 + i) for i in range(10)]
+    with compilations(module, monkeypatch) as keys:
+        monkeypatch.setattr(module, "TILE", 1 << 16)
+        for H, W in sizes:
+            x, groups, weight, bias = inputs((1, 4, H, W), channels_last)
+            module._fwd(x, groups, weight, bias, 1e-5, True)
+    assert len(keys) <= 4, keys
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """An element-wise operation: autocast leaves the types as they are, in both modes alike."""
+    x, groups, weight, bias = inputs(SHAPES[1])
+    with torch.autocast(DEVICE, dtype):
+        for kind in (torch.float32, dtype):
+            results = [group_norm_silu(x.to(kind), groups, weight, bias, backend=backend) for backend in ("torch", "triton")]
+            wanted = group_norm_silu_reference(x.to(kind).double(), groups, weight.double(), bias.double())
+            for y in results:
+                assert y.dtype == kind or DEVICE == "cuda"
+                torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())

@@ -142,14 +142,14 @@ def _affine_bwd_kernel(X, Params, Mask, DY, DL, DX, DParams, n, ROW, MOVED, S_MA
 # ---- operators
 
 
-def _as(a, x):
-    """a in the layout that x has once it is dense."""
-    return a.contiguous(memory_format=torch.channels_last if dense(x)[1] else torch.contiguous_format)
+def _like(a, last):
+    """a in channels_last, or contiguous."""
+    return a.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _layout(x, mask, split, s_max, reverse):
-    """A mask of x's layout; n, ROW and MOVED; constants of a launch; programs for a sample. x is dense."""
-    last = dense(x)[1]
+def _layout(x, last, mask, split, s_max, reverse):
+    """A mask of x's layout; n, ROW and MOVED; constants of a launch; programs for a sample. x is dense, last: in
+    channels_last."""
     n = x.numel() // len(x)
     inner = 1 if last else n // x.shape[1]  # elements of a row for each channel
     if mask is not None:
@@ -165,7 +165,7 @@ def _fake_fwd(x, params, mask, split, s_max, reverse):
 
 
 def _fake_bwd(dy, dl, x, params, mask, split, s_max, reverse):
-    return torch.empty_like(dense(x)[0]), torch.empty_like(_as(params, x))
+    return torch.empty_like(dense(x)[0]), torch.empty_like(_like(params, dense(x)[1]))
 
 
 def _save(ctx, inputs, output):
@@ -181,9 +181,9 @@ def _backward(ctx, dy, dl):
 @operator("affine_coupling_fwd", _fake_fwd, _save, _backward)
 def _fwd(x: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, split: int, s_max: float,
          reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, _ = dense(x)
-    params = _as(params, x)
-    mask, sizes, constants, tiles = _layout(x, mask, split, s_max, reverse)
+    x, last = dense(x)
+    params = _like(params, last)
+    mask, sizes, constants, tiles = _layout(x, last, mask, split, s_max, reverse)
     y = torch.empty_like(x)
     partial = x.new_empty(len(x), tiles, dtype=accumulator(x))
     launch(_affine_fwd_kernel, len(x) * tiles, x, params, mask, y, partial, *sizes, **constants)
@@ -193,12 +193,13 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, split
 @operator("affine_coupling_bwd", _fake_bwd)
 def _bwd(dy: torch.Tensor, dl: torch.Tensor, x: torch.Tensor, params: torch.Tensor, mask: torch.Tensor | None, split: int,
          s_max: float, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, _ = dense(x)
-    params = _as(params, x)
-    mask, sizes, constants, tiles = _layout(x, mask, split, s_max, reverse)
+    x, last = dense(x)
+    params = _like(params, last)
+    mask, sizes, constants, tiles = _layout(x, last, mask, split, s_max, reverse)
+    dy = _like(dy, last)
     dx = torch.empty_like(x)
     dparams = torch.empty_like(params)
-    launch(_affine_bwd_kernel, len(x) * tiles, x, params, mask, _as(dy, x), dl.contiguous(), dx, dparams, *sizes, **constants)
+    launch(_affine_bwd_kernel, len(x) * tiles, x, params, mask, dy, dl.contiguous(), dx, dparams, *sizes, **constants)
     return dx, dparams
 
 

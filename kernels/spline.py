@@ -415,9 +415,9 @@ def _spline_bwd_kernel(X, Params, DY, DL, DX, DParams, n, INNER, BOUND: tl.const
 # ---- operators
 
 
-def _as(a, x):
-    """a in the layout that x has once it is dense."""
-    return a.contiguous(memory_format=torch.channels_last if dense(x)[1] else torch.contiguous_format)
+def _like(a, last):
+    """a in channels_last, or contiguous."""
+    return a.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _tile(K, inner):
@@ -429,11 +429,11 @@ def _tile(K, inner):
     return {"K": K, "KP": bins, "BLOCK": max(TILE // bins, 1), "num_warps": warps}
 
 
-def _layout(x, params, bound, reverse):
-    """n and INNER; constants of a launch; programs for a sample. x is dense."""
+def _layout(x, last, params, bound, reverse):
+    """n and INNER; constants of a launch; programs for a sample. x is dense, last: in channels_last."""
     C = x.shape[1]
     n = x.numel() // len(x)
-    inner = 1 if dense(x)[1] else n // C
+    inner = 1 if last else n // C
     constants = _tile((params.shape[1] // C + 1) // 3, inner)
     constants |= {"BOUND": bound, "MIN": MIN, "REVERSE": reverse, "ACC": acc_type(x)}
     return (n, inner), constants, triton.cdiv(n, constants["BLOCK"])
@@ -444,7 +444,7 @@ def _fake_fwd(x, params, bound, reverse):
 
 
 def _fake_bwd(dy, dl, x, params, bound, reverse):
-    return torch.empty_like(dense(x)[0]), torch.empty_like(_as(params, x))
+    return torch.empty_like(dense(x)[0]), torch.empty_like(_like(params, dense(x)[1]))
 
 
 def _save(ctx, inputs, output):
@@ -459,9 +459,9 @@ def _backward(ctx, dy, dl):
 
 @operator("spline_coupling_fwd", _fake_fwd, _save, _backward)
 def _fwd(x: torch.Tensor, params: torch.Tensor, bound: float, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, _ = dense(x)
-    params = _as(params, x)
-    sizes, constants, tiles = _layout(x, params, bound, reverse)
+    x, last = dense(x)
+    params = _like(params, last)
+    sizes, constants, tiles = _layout(x, last, params, bound, reverse)
     y = torch.empty_like(x)
     partial = x.new_empty(len(x), tiles, dtype=accumulator(x))
     launch(_spline_fwd_kernel, len(x) * tiles, x, params, y, partial, *sizes, **constants)
@@ -471,12 +471,12 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, bound: float, reverse: bool) -> 
 @operator("spline_coupling_bwd", _fake_bwd)
 def _bwd(dy: torch.Tensor, dl: torch.Tensor, x: torch.Tensor, params: torch.Tensor, bound: float,
          reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, _ = dense(x)
-    params = _as(params, x)
-    sizes, constants, tiles = _layout(x, params, bound, reverse)
+    x, last = dense(x)
+    params = _like(params, last)
+    sizes, constants, tiles = _layout(x, last, params, bound, reverse)
     dx = torch.empty_like(x)
     dparams = torch.empty_like(params)
-    launch(_spline_bwd_kernel, len(x) * tiles, x, params, _as(dy, x), dl.contiguous(), dx, dparams, *sizes, **constants)
+    launch(_spline_bwd_kernel, len(x) * tiles, x, params, _like(dy, last), dl.contiguous(), dx, dparams, *sizes, **constants)
     return dx, dparams
 
 

@@ -86,7 +86,8 @@ def _closed_form(x, params, grad=None):
     h_in = (h * inside).clamp_(min=1e-30)
     w = h_in.expm1()
     v = w / (1 + w)
-    sinh, cosh = w + v, w.sub_(v).add_(2)  # twice sinh h and cosh h
+    sinh = w + v  # twice sinh h
+    cosh = w.sub_(v).add_(2)  # twice cosh h
     d = torch.addcmul(one, e, e + cosh)  # twice (cosh z + cosh h) exp(-|z|)
     log_p = minus_a.addcmul_(edge, a).add_((sinh / h_in).div_(d).log_()).addcmul_(inside, log_h).mul_(half)
     joint, posterior, total = _exp_normalise(logits + log_p.sum(1))
@@ -193,9 +194,10 @@ def _tanh(v):
 
 
 @jit
-def _logistic_fwd_kernel(X, Params, LL, Grad, M, P, stride_c, stride_p, C: tl.constexpr, GRADIENT: tl.constexpr,
-                         ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    """LL, and in Grad, of Params' shape, its gradient where GRADIENT."""
+def _logistic_fwd_kernel(X, Params, LL, Grad, P, stride_c, stride_p, C: tl.constexpr, M: tl.constexpr,
+                         GRADIENT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+    """LL, and in Grad, of Params' shape, its gradient where GRADIENT. M, which a model has once, is a constant: as an argument
+    it takes 30 registers more with three channels, and of three programs on a processor two are left."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(P, BLOCK_P)
     image = (pid // blocks).to(tl.int64)
@@ -310,7 +312,7 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.T
     blocks = _blocks(M)
     ll = params.new_empty(B, H, W, dtype=accumulator(params))
     grad = torch.empty_like(params) if gradient else params.new_empty(0)
-    launch(_logistic_fwd_kernel, B * triton.cdiv(H * W, blocks["BLOCK_P"]), x.contiguous(), params, ll, grad, M, *sizes, C=C,
+    launch(_logistic_fwd_kernel, B * triton.cdiv(H * W, blocks["BLOCK_P"]), x.contiguous(), params, ll, grad, *sizes, C=C, M=M,
            GRADIENT=gradient, ACC=acc_type(params), **blocks)
     return ll, grad
 
@@ -361,7 +363,7 @@ def _spec(kernel, dtype, registers=255, C=1, channels_last=False, vector=False, 
     args = {"X": "*u8"} | dict.fromkeys(("DLL", "LL"), f"*{accumulate}")
     args |= dict.fromkeys(("Params", "Grad", "DParams"), f"*{dtype}")
     args |= {"stride_c": 1, "stride_p": "i32"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
-    args |= {"K": "i32", "M": 1 if M == 1 else "i32" if M % 16 else "i32:16", "P": "i32:16", "C": C, "GRADIENT": True}
+    args |= {"K": "i32", "M": M, "P": "i32:16", "C": C, "GRADIENT": True}
     args |= {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "BLOCK_K": 16}
     args |= _blocks(M) if "fwd" in kernel else {"BLOCK_P": TILE // 16}
     args |= more

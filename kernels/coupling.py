@@ -26,6 +26,9 @@ from .spline import MIN, spline_coupling, spline_coupling_reference, spline_coup
 
 BLOCK = 1024  # elements of a program
 SMALL = 128  # elements of a program where a sample has no more
+LEAST = 1 << 14  # elements of x from which "auto" takes the kernel: below, bytes cost little beside the CPU's time, which is
+# about the same. Measured on a CPU with nothing launched: 19 us a call, 82 with gradients, and argued: 10 us more a launch.
+# The plain form's 7 operations, 17 with gradients, take 22 and 176 us on small tensors there, and a launch each on a GPU.
 
 
 def affine_coupling_reference(x, params, mask_or_split, reverse=False, s_max=2.0):
@@ -235,18 +238,20 @@ def affine_coupling(x: torch.Tensor, params: torch.Tensor, mask_or_split: torch.
     if not fits or s_max <= 0:
         kept = f"split {split}" if mask is None else f"mask {tuple(mask.shape)}"
         raise ValueError(f"affine_coupling: params {tuple(params.shape)}, {kept}, s_max {s_max} do not fit x {tuple(x.shape)}")
-    if use_triton("affine_coupling", x, lambda: supports(x, params, mask), elementwise=True, backend=backend):
+    if use_triton("affine_coupling", x, lambda: supports(x, params, mask), LEAST, elementwise=True, backend=backend):
         return _fwd(x, params, mask, split, float(s_max), reverse)
     return affine_coupling_torch(x, params, mask_or_split, reverse, s_max)
 
 
-def _specs(name, sizes, registers, vector=True, types=("fp32", "bf16")):
+def _specs(name, sizes, registers=(255, 255), vector=True, types=("fp32", "bf16")):
     """The forward and the backward kernel, in both directions and each type."""
     for kernel, most in zip(("_affine_fwd_kernel", "_affine_bwd_kernel"), registers, strict=True):
         for dtype in types:
+            accumulate = "fp64" if dtype == "fp64" else "fp32"
             for reverse in (False, True):
                 args = dict.fromkeys(("X", "Y", "Params", "DY", "DX", "DParams"), f"*{dtype}")
-                args |= {"Partial": "*fp32", "DL": "*fp32", "ACC": tl.float32, "S_MAX": 2.0, "REVERSE": reverse}
+                args |= {"Partial": f"*{accumulate}", "DL": f"*{accumulate}", "S_MAX": 2.0, "REVERSE": reverse}
+                args |= {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
                 args |= {"Mask": None, "MASKED": False, "ONE_ROW": True, "BLOCK": 1024}
                 args |= dict.fromkeys(("n", "ROW", "MOVED"), "i32:16") | sizes
                 yield Spec(kernel, f"{dtype}, {name}{', reverse' * reverse}", args, registers=most, vector=vector)
@@ -254,5 +259,16 @@ def _specs(name, sizes, registers, vector=True, types=("fp32", "bf16")):
 
 AOT_SPECS = [] if triton is None else [
     *_specs("split", {}, (48, 48)),
-    *_specs("mask", {"Mask": "*i1", "MASKED": True}, (48, 48)),
+    *_specs("mask", {"Mask": "*i1", "MASKED": True}, (48, 56)),
+]
+_ODD = dict.fromkeys(("n", "ROW", "MOVED"), "i32")  # numbers that 16 does not divide: no vector loads
+AOT_MORE = [] if triton is None else [  # what a launch may choose besides
+    *_specs("split", {}, types=("fp16", "fp64")),
+    *_specs("split, rows of any length", _ODD, vector=False),
+    *_specs("split, small", {"BLOCK": 128}, vector=False),
+    *_specs("split, channels_last", _ODD | {"n": "i32:16", "ONE_ROW": False}, vector=False),
+    *_specs("split, channels_last, rows of 16s", {"ONE_ROW": False}, vector=False),
+    *_specs("mask of float32", {"Mask": "*fp32", "MASKED": True}),
+    *_specs("mask of int64", {"Mask": "*i64", "MASKED": True}),
+    *_specs("mask, channels_last", _ODD | {"n": "i32:16", "Mask": "*i1", "MASKED": True, "ONE_ROW": False}, vector=False),
 ]

@@ -37,7 +37,7 @@ MIN = 1e-5  # the least width and height of a bin, as a share of 2 * tail_bound,
 END = math.log(math.expm1(1 - MIN))  # the raw derivative that makes 1, as it is at both tails
 FEW = 1 << 12  # elements of x up to which the plain form looks its bins up, where no gradient is asked for
 CHUNK = 1 << 16  # elements of x that the plain form takes at once, so that what it computes of them stays in the cache
-TILE = 512  # widths that a program holds at most, bins rounded up to a power of two
+TILE = 512  # widths that a program holds at most, bins rounded up to a power of two; half as many in float64
 
 
 def spline_coupling_reference(x, params, tail_bound=3.0, reverse=False):
@@ -420,13 +420,15 @@ def _like(a, last):
     return a.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _tile(K, inner):
+def _tile(K, inner, acc):
     """K, KP, BLOCK and num_warps of a launch, such that no kernel spills (AOT_MORE compiles them)."""
     bins = triton.next_power_of_2(K)
-    if inner == 1:  # a thread then holds neighbouring bins, and more numbers beside them
-        return {"K": K, "KP": bins, "BLOCK": max(TILE // (2 if bins < 16 else 4) // bins, 1), "num_warps": 1}
+    tile = TILE * 4 // acc.itemsize
     warps = 1 if bins <= 16 else 2  # sums over bins then stay within a warp, mostly within a thread
-    return {"K": K, "KP": bins, "BLOCK": max(TILE // bins, 1), "num_warps": warps}
+    if inner == 1:  # a thread then holds neighbouring bins, and more numbers beside them
+        tile //= 2 if bins < 16 else 4
+        warps = 1
+    return {"K": K, "KP": bins, "BLOCK": max(tile // bins, 1), "num_warps": warps}
 
 
 def _layout(x, last, params, bound, reverse):
@@ -434,7 +436,7 @@ def _layout(x, last, params, bound, reverse):
     C = x.shape[1]
     n = x.numel() // len(x)
     inner = 1 if last else n // C
-    constants = _tile((params.shape[1] // C + 1) // 3, inner)
+    constants = _tile((params.shape[1] // C + 1) // 3, inner, accumulator(x))
     constants |= {"BOUND": bound, "MIN": MIN, "REVERSE": reverse, "ACC": acc_type(x)}
     return (n, inner), constants, triton.cdiv(n, constants["BLOCK"])
 
@@ -507,6 +509,7 @@ def spline_coupling(x: torch.Tensor, params: torch.Tensor, tail_bound: float = 3
     if M % 3 != 2 or M >= 3 / MIN or flat.shape != (len(x), C * M, *x.shape[2:]) or tail_bound <= 0:
         raise ValueError(f"spline_coupling: params {tuple(params.shape)} and tail_bound {tail_bound} do not fit "
                          f"x {tuple(x.shape)}: (B, C * (3K - 1), *) is needed")
+    # of any size: with 8 bins the plain form launches 73 kernels, 298 with gradients, where this launches 2 and 3
     if use_triton("spline_coupling", x, lambda: supports(x, params, (M + 1) // 3), backend=backend):
         return _fwd(x, flat, float(tail_bound), reverse)
     return spline_coupling_torch(x, flat, tail_bound, reverse)
@@ -514,12 +517,13 @@ def spline_coupling(x: torch.Tensor, params: torch.Tensor, tail_bound: float = 3
 
 def _specs(kernel, dtype, K, inner, registers=255, ways=(False, True), vector=False):
     """A kernel in both directions, as _tile launches it. inner: 1 for vectors, or how triton takes the argument INNER."""
+    acc = torch.float64 if dtype == "fp64" else torch.float32
     accumulate = "fp64" if dtype == "fp64" else "fp32"
     for reverse in ways:
         args = dict.fromkeys(("X", "Y", "Params", "DY", "DX", "DParams"), f"*{dtype}")
         args |= dict.fromkeys(("Partial", "DL"), f"*{accumulate}") | {"BOUND": 3.0, "MIN": MIN, "REVERSE": reverse}
         args |= {"n": "i32:16" if inner == 1 else inner, "INNER": inner}
-        args |= _tile(K, inner) | {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
+        args |= _tile(K, inner, acc) | {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
         warps = args.pop("num_warps")
         where = {1: "vectors", "i32": "rows of any length", "i32:16": "rows of 16s"}[inner]
         yield Spec(kernel, f"{dtype}, {where}, {K} bins{', reverse' * reverse}", args, warps, None, registers, vector)

@@ -24,7 +24,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, acc_type, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, jit, launch, operator, tl, triton, use_triton
 
 TILE = 512  # mixtures times positions that a program of the forward kernel has
 CHUNK = 1 << 17  # mixtures times channels times positions that a thread of the plain form has at once, to stay in cache
@@ -41,12 +41,15 @@ def _split(params, C):
 def logistic_mixture_reference(x, params):
     params = params.to(accumulator(params))
     logits, means, log_scales, coefs = _split(params, x.shape[1])
-    x, means = 2 * x[:, :, None].to(params.dtype) - 255, 255 * means  # (B, C, 1, H, W), in half bins, 1/255, and so exact
+    x = 2 * x[:, :, None].to(params.dtype) - 255  # (B, C, 1, H, W), in half bins, 1/255, and so exact
+    means = 255 * means
     if x.shape[1] == 3:
-        c, (red, green, _) = coefs.tanh(), x.unbind(1)
+        c = coefs.tanh()
+        red, green, _ = x.unbind(1)
         means = means + torch.stack([0 * c[:, 0], c[:, 0] * red, c[:, 1] * red + c[:, 2] * green], 1)
     h = torch.exp(-log_scales.clamp(min=-7)) / 255
-    upper, lower = (x - means + 1) * h, (x - means - 1) * h
+    upper = (x - means + 1) * h
+    lower = (x - means - 1) * h
     log_p = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-2 * h))
     log_p = torch.where(x == -255, F.logsigmoid(upper), torch.where(x == 255, F.logsigmoid(-lower), log_p))
     return torch.logsumexp(F.log_softmax(logits, 1) + log_p.sum(1), 1)
@@ -62,7 +65,8 @@ def _exp_normalise(logits):
 
 def _closed_form(x, params, grad=None):
     """The result (B, P) for x (B, C, P) and params (B, K, P); writes its gradient to grad, of params' shape. In few passes."""
-    C, one = x.shape[1], params.new_ones(())
+    C = x.shape[1]
+    one = params.new_ones(())
     logits, means, log_scales, coefs = _split(params, C)
     x = 2 * x[:, :, None].to(params.dtype) - 255  # (B, C, 1, P), in half bins
     edge = (x == -255).to(x.dtype) - (x == 255).to(x.dtype)  # 1 in the lowest bin, -1 in the highest
@@ -82,7 +86,8 @@ def _closed_form(x, params, grad=None):
     h_in = (h * inside).clamp_(min=1e-30)
     w = h_in.expm1()
     v = w / (1 + w)
-    sinh, cosh = w + v, w.sub_(v).add_(2)  # twice sinh h and cosh h
+    sinh = w + v  # twice sinh h
+    cosh = w.sub_(v).add_(2)  # twice cosh h
     d = torch.addcmul(one, e, e + cosh)  # twice (cosh z + cosh h) exp(-|z|)
     log_p = minus_a.addcmul_(edge, a).add_((sinh / h_in).div_(d).log_()).addcmul_(inside, log_h).mul_(half)
     joint, posterior, total = _exp_normalise(logits + log_p.sum(1))
@@ -108,11 +113,16 @@ def _closed_form(x, params, grad=None):
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, params, gradient):
-        (B, C, H, W), P, acc = x.shape, x.shape[2] * x.shape[3], accumulator(params)
-        x, flat = x.reshape(B, C, P), params.reshape(B, params.shape[1], P)
-        ll, grad = params.new_empty(B, P, dtype=acc), torch.empty_like(flat) if gradient else None
+        B, C, H, W = x.shape
+        P = H * W
+        acc = accumulator(params)
+        x = x.reshape(B, C, P)
+        flat = params.reshape(B, params.shape[1], P)
+        ll = params.new_empty(B, P, dtype=acc)
+        grad = torch.empty_like(flat) if gradient else None
         count = max(CHUNK * torch.get_num_threads() * 3 // flat.shape[1], 1) if x.device.type == "cpu" else B * P
-        images, positions = max(count // max(P, 1), 1), max(min(count, P), 1)
+        images = max(count // max(P, 1), 1)
+        positions = max(min(count, P), 1)
         for b in range(0, B, images):
             for p in range(0, P, positions):
                 part = slice(b, b + images), slice(None), slice(p, p + positions)
@@ -141,7 +151,8 @@ def logistic_mixture_torch(x, params):
 @jit
 def _bin(x, edge, gap, log_scale):
     """Of one channel [BLOCK_M, BLOCK_P], gap being 255 (x - mean): log p, its derivatives to mean / 255 and log_scale."""
-    inside, edge = (1 - edge * edge)[None, :], edge[None, :]
+    inside = (1 - edge * edge)[None, :]
+    edge = edge[None, :]
     half = 0.5 + 0.5 * inside
     log_h = -5.541263545158426 - tl.maximum(log_scale, -7.0)  # half a bin is 1/255, whose log is -5.54...
     h_any = tl.exp(log_h)
@@ -149,7 +160,8 @@ def _bin(x, edge, gap, log_scale):
     e = tl.exp(-tl.abs(a))
     h = inside * h_any
     up = tl.exp(h)
-    down, h2 = 1 / up, h * h
+    down = 1 / up
+    h2 = h * h
     series = 1 + h2 / 6 * (1 + h2 / 20 * (1 + h2 / 42 * (1 + h2 / 72 * (1 + h2 / 110 * (1 + h2 / 156)))))
     ratio = tl.where(h < 0.5, series, (up - down) / (2 * tl.maximum(h, 0.5)))  # sinh(h) / h
     d = 1 + e * (e + up + down)  # 2 (cosh z + cosh h) exp(-|z|)
@@ -182,13 +194,18 @@ def _tanh(v):
 
 
 @jit
-def _logistic_fwd_kernel(X, Params, LL, Grad, K, P, stride_c, stride_p, C: tl.constexpr, M: tl.constexpr,
+def _logistic_fwd_kernel(X, Params, LL, Grad, P, stride_c, stride_p, C: tl.constexpr, M: tl.constexpr,
                          GRADIENT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    pid, blocks = tl.program_id(0), tl.cdiv(P, BLOCK_P)
+    """LL, and in Grad, of Params' shape, its gradient where GRADIENT. M, which a model has once, is a constant: as an argument
+    it costs registers where there are three channels."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(P, BLOCK_P)
     image = (pid // blocks).to(tl.int64)
-    m, p = tl.arange(0, BLOCK_M), pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    m = tl.arange(0, BLOCK_M)
+    p = pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     X += image * C * P
-    offsets = image * K * P + m[:, None].to(tl.int64) * stride_c + p[None, :].to(tl.int64) * stride_p
+    K = M * (3 if C == 1 else 10)
+    offsets = image * K * P + m[:, None].to(tl.int64) * stride_c + p[None, :].to(tl.int64) * stride_p  # [BLOCK_M, BLOCK_P]
     mask = (m[:, None] < M) & (p[None, :] < P)
     rows = Params + offsets
 
@@ -208,9 +225,12 @@ def _logistic_fwd_kernel(X, Params, LL, Grad, K, P, stride_c, stride_p, C: tl.co
         log_p += log_p1 + log_p2
 
     logits = tl.where(m[:, None] < M, _load(rows, 0, stride_c, mask, ACC), -float("inf"))
-    top, top_joint = tl.max(logits, 0), tl.max(logits + log_p, 0)  # [BLOCK_P]
-    prior, posterior = tl.exp(logits - top[None, :]), tl.exp(logits + log_p - top_joint[None, :])
-    total, total_joint = tl.sum(prior, 0), tl.sum(posterior, 0)
+    top = tl.max(logits, 0)  # [BLOCK_P]
+    top_joint = tl.max(logits + log_p, 0)
+    prior = tl.exp(logits - top[None, :])
+    posterior = tl.exp(logits + log_p - top_joint[None, :])
+    total = tl.sum(prior, 0)
+    total_joint = tl.sum(posterior, 0)
     tl.store(LL + image * P + p, top_joint - top + tl.log(total_joint / total), mask=p < P)
 
     if GRADIENT:
@@ -220,7 +240,8 @@ def _logistic_fwd_kernel(X, Params, LL, Grad, K, P, stride_c, stride_p, C: tl.co
         _store(rows, M, stride_c, mask, posterior * mean0 * 255)
         _store(rows, M + C * M, stride_c, mask, posterior * scale0)
         if C == 3:
-            mean1, mean2 = posterior * mean1, posterior * mean2
+            mean1 = posterior * mean1
+            mean2 = posterior * mean2
             _store(rows, 2 * M, stride_c, mask, mean1 * 255)
             _store(rows, 3 * M, stride_c, mask, mean2 * 255)
             _store(rows, 5 * M, stride_c, mask, posterior * scale1)
@@ -233,8 +254,10 @@ def _logistic_fwd_kernel(X, Params, LL, Grad, K, P, stride_c, stride_p, C: tl.co
 @jit
 def _logistic_bwd_kernel(DLL, Grad, DParams, K, P, stride_c, stride_p, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr):
     """DParams = DLL * Grad."""
-    pid, blocks = tl.program_id(0), tl.cdiv(P, BLOCK_P)
-    image, p = (pid // blocks).to(tl.int64), pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(P, BLOCK_P)
+    image = (pid // blocks).to(tl.int64)
+    p = pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     dll = tl.load(DLL + image * P + p, mask=p < P, other=0.0)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -248,45 +271,28 @@ def _logistic_bwd_kernel(DLL, Grad, DParams, K, P, stride_c, stride_p, BLOCK_K: 
 
 
 def _dense(params):
-    """params, copied where they are neither contiguous nor channels_last, and the sizes and strides that kernels take."""
-    K, P = params.shape[1], params.shape[2] * params.shape[3]
+    """params, copied where they are neither contiguous nor channels_last; positions of an image, strides of channels and of
+    positions."""
+    P = params.shape[2] * params.shape[3]
     if params.is_contiguous(memory_format=torch.channels_last) and not params.is_contiguous():
-        return params, (K, P, 1, K)
-    return params.contiguous(), (K, P, P, 1)
+        return params, (P, 1, params.shape[1])
+    return params.contiguous(), (P, P, 1)
 
 
-@torch.library.custom_op("m2::logistic_mixture_fwd", mutates_args=())
-def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    (B, C), (params, sizes), acc = x.shape[:2], _dense(params), accumulator(params)
-    M = sizes[0] // (3 if C == 1 else 10)
-    ll, grad = params.new_empty(B, *x.shape[2:], dtype=acc), torch.empty_like(params) if gradient else params.new_empty(0)
+def _mixtures(K, C):
+    """M of K parameters a position."""
+    return K // (3 if C == 1 else 10)
+
+
+def _blocks(M):
+    """BLOCK_M and BLOCK_P of the forward kernel, such that it does not spill (AOT_MORE compiles it)."""
     block_m = triton.next_power_of_2(M)
-    block_p = max(TILE // block_m, 8)
-    with launching(x):
-        _logistic_fwd_kernel[(B * triton.cdiv(sizes[1], block_p),)](
-            x.contiguous(), params, ll, grad, *sizes, C=C, M=M, GRADIENT=gradient,
-            ACC=acc_type(params), BLOCK_M=block_m, BLOCK_P=block_p)
-    return ll, grad
+    return {"BLOCK_M": block_m, "BLOCK_P": max(TILE // block_m, 8)}
 
 
-@_fwd.register_fake
-def _(x, params, gradient):
-    ll, params = params.new_empty(x[:, 0].shape, dtype=accumulator(params)), _dense(params)[0]
-    return ll, torch.empty_like(params) if gradient else params.new_empty(0)
-
-
-@torch.library.custom_op("m2::logistic_mixture_bwd", mutates_args=())
-def _bwd(dll: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    (grad, sizes), dparams = _dense(grad), torch.empty_like(grad)
-    with launching(grad):
-        _logistic_bwd_kernel[(len(grad) * triton.cdiv(sizes[1], TILE // 16),)](
-            dll.contiguous(), grad, dparams, *sizes, BLOCK_K=16, BLOCK_P=TILE // 16)
-    return dparams
-
-
-@_bwd.register_fake
-def _(dll, grad):
-    return torch.empty_like(grad)
+def _fake_fwd(x, params, gradient):
+    ll = params.new_empty(x[:, 0].shape, dtype=accumulator(params))
+    return ll, torch.empty_like(_dense(params)[0]) if gradient else params.new_empty(0)
 
 
 def _save(ctx, inputs, output):
@@ -298,7 +304,26 @@ def _backward(ctx, dll, _):
     return None, None if dll is None else _bwd(dll, *ctx.saved_tensors), None
 
 
-_fwd.register_autograd(_backward, setup_context=_save)
+@operator("logistic_mixture_fwd", _fake_fwd, _save, _backward)
+def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    B, C, H, W = x.shape
+    params, sizes = _dense(params)
+    M = _mixtures(params.shape[1], C)
+    blocks = _blocks(M)
+    ll = params.new_empty(B, H, W, dtype=accumulator(params))
+    grad = torch.empty_like(params) if gradient else params.new_empty(0)
+    launch(_logistic_fwd_kernel, B * triton.cdiv(H * W, blocks["BLOCK_P"]), x.contiguous(), params, ll, grad, *sizes, C=C, M=M,
+           GRADIENT=gradient, ACC=acc_type(params), **blocks)
+    return ll, grad
+
+
+@operator("logistic_mixture_bwd", lambda dll, grad: torch.empty_like(_dense(grad)[0]))
+def _bwd(dll: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    grad, sizes = _dense(grad)
+    dparams = torch.empty_like(grad)
+    launch(_logistic_bwd_kernel, len(grad) * triton.cdiv(sizes[0], TILE // 16), dll.contiguous(), grad, dparams,
+           grad.shape[1], *sizes, BLOCK_K=16, BLOCK_P=TILE // 16)
+    return dparams
 
 
 def supports(x, params):
@@ -308,16 +333,17 @@ def supports(x, params):
         return False, f"x is on {x.device}, params on {params.device}"
     if math.prod(params.shape[1:]) >= 2**31:  # offsets in an image are int32
         return False, f"params {tuple(params.shape)} have 2^31 elements an image, or more"
-    few = params.shape[1] // (3 if x.shape[1] == 1 else 10) <= 64
-    return few, "" if few else "there are more than 64 mixtures"
+    M = _mixtures(params.shape[1], x.shape[1])
+    return M <= 64, f"{M} mixtures, more than 64"
 
 
-def logistic_mixture(x, params):
+def logistic_mixture(x: torch.Tensor, params: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """Log-likelihood in nats, (B, H, W), of x (B, C, H, W) under the mixtures of params (B, 3M or 10M, H, W).
 
     x: levels {0..255}, uint8 or floating; C = 1 or 3; no gradient goes to it. params: floating, in the order that the top
     of this file gives; differentiable once. The result is float32, float64 where params are; its sum over H and W is the
-    log-likelihood of an image. Raises ValueError for what does not fit, and what use_triton raises.
+    log-likelihood of an image. The kernel takes up to 64 mixtures. backend: one of kernels.MODES, instead of kernels.mode
+    in this call. Raises ValueError for what does not fit, and what use_triton raises.
     """
     per = {1: 3, 3: 10}.get(x.shape[1], 0) if x.dim() == params.dim() == 4 else 0
     M = params.shape[1] // max(per, 1)
@@ -327,27 +353,43 @@ def logistic_mixture(x, params):
     if x.dtype != torch.uint8 and not x.is_floating_point() or not params.is_floating_point():
         raise ValueError(f"logistic_mixture: x {x.dtype} must be uint8 or floating, params {params.dtype} floating")
     x = x.detach()
-    if use_triton("logistic_mixture", params, lambda: supports(x, params), least=1 << 16):
+    # of any size: the plain form launches 67 kernels, 97 with the gradient, where this launches 1 and 2
+    if use_triton("logistic_mixture", params, lambda: supports(x, params), backend=backend):
         return _fwd(x, params, params.requires_grad and torch.is_grad_enabled())[0]
     return logistic_mixture_torch(x, params)
 
 
-def _spec(kernel, dtype, registers, C=1, channels_last=False, vector=True, **more):
-    strides = {"stride_c": 1, "stride_p": "i32"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
-    args = {"X": "*u8", "DLL": "*fp32", "LL": "*fp32"} | dict.fromkeys(("Params", "Grad", "DParams"), f"*{dtype}") | strides
-    args |= {"K": "i32", "P": "i32:16", "C": C, "M": 10, "GRADIENT": True, "ACC": tl.float32}
-    args |= {"BLOCK_M": 16, "BLOCK_K": 16, "BLOCK_P": 32} | more
-    name = f"{dtype}, C = {C}, {'channels_last' if channels_last else 'contiguous'}" + ", no gradient" * bool(more)
-    return Spec(kernel, name, args, registers=registers, vector=vector and not channels_last)
+def _spec(kernel, dtype, registers=255, C=1, channels_last=False, vector=False, M=10, **more):
+    accumulate = "fp64" if dtype == "fp64" else "fp32"
+    args = {"X": "*u8"} | dict.fromkeys(("DLL", "LL"), f"*{accumulate}")
+    args |= dict.fromkeys(("Params", "Grad", "DParams"), f"*{dtype}")
+    args |= {"stride_c": 1, "stride_p": "i32"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
+    args |= {"K": "i32", "M": M, "P": "i32:16", "C": C, "GRADIENT": True}
+    args |= {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "BLOCK_K": 16}
+    args |= _blocks(M) if "fwd" in kernel else {"BLOCK_P": TILE // 16}
+    args |= more
+    name = f"{dtype}, C = {C}, {'channels_last' if channels_last else 'contiguous'}"
+    name += f", {M} mixtures" * (M != 10) + ", rows of any length" * ("P" in more) + ", no gradient" * ("GRADIENT" in more)
+    return Spec(kernel, name, args, registers=registers, vector=vector)
 
 
+_FWD = "_logistic_fwd_kernel"
+_BWD = "_logistic_bwd_kernel"
 AOT_SPECS = [] if triton is None else [spec for t, vector in (("fp32", True), ("bf16", False)) for spec in (
     # no vectors: in channels_last rows of 10 mixtures; of bf16 with gfx942's warps of 64, two elements a thread
-    _spec("_logistic_fwd_kernel", t, 96, vector=vector),
-    _spec("_logistic_fwd_kernel", t, 56, vector=vector, GRADIENT=False),
-    _spec("_logistic_fwd_kernel", t, 96, channels_last=True),
-    _spec("_logistic_fwd_kernel", t, 192, 3, vector=vector),
-    _spec("_logistic_fwd_kernel", t, 192, 3, channels_last=True),
-    _spec("_logistic_bwd_kernel", t, 48),
-    _spec("_logistic_bwd_kernel", t, 48, channels_last=True),
+    _spec(_FWD, t, 96, vector=vector),
+    _spec(_FWD, t, 56, vector=vector, GRADIENT=False),
+    _spec(_FWD, t, 96, channels_last=True),
+    _spec(_FWD, t, 192, 3, vector=vector),
+    _spec(_FWD, t, 192, 3, channels_last=True),
+    _spec(_BWD, t, 48, vector=True),
+    _spec(_BWD, t, 48, channels_last=True),
 )]
+AOT_MORE = [] if triton is None else [  # what a launch may choose besides, up to 64 mixtures
+    *(_spec(_FWD, t, C=C, channels_last=last, M=M)
+      for M in (1, 5, 32, 64) for C in (1, 3) for last in (False, True) for t in ("fp32", "bf16")),
+    *(_spec(_FWD, t, C=3, channels_last=last) for last in (False, True) for t in ("fp16", "fp64")),
+    *(_spec(_FWD, t, C=3, P="i32", stride_c="i32") for t in ("fp32", "bf16")),
+    *(_spec(_FWD, t, C=3, GRADIENT=False) for t in ("fp32", "bf16")),
+    *(_spec(_BWD, t, P="i32", stride_c="i32") for t in ("fp32", "bf16", "fp64")),
+]

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, agree, assert_near, compiles, deterministic, gradcheck, nbytes, opcheck, traffic
+from harness import (
+    DEVICE,
+    GRADIENTS,
+    agree,
+    assert_near,
+    compilations,
+    compiles,
+    deterministic,
+    gradcheck,
+    nbytes,
+    opcheck,
+    traffic,
+)
 from scipy.stats import logistic
 from torch import distributions as D
 
@@ -234,13 +246,61 @@ def test_too_many_mixtures():
     agree(logistic_mixture, logistic_mixture_reference, inputs((1, 64, 2, 2), 3))
 
 
+def test_backend(monkeypatch):
+    """backend stands in for kernels.mode in one call."""
+    ran = []
+    monkeypatch.setattr(module, "launch", lambda kernel, *args, **constants: ran.append(kernel))
+    x, params = inputs()
+    for mode in kernels.MODES:
+        monkeypatch.setattr(kernels, "mode", mode)
+        logistic_mixture(x, params, backend="torch")
+        assert not ran
+        logistic_mixture(x, params, backend="triton")
+        assert ran.pop() is module._logistic_fwd_kernel
+    with pytest.raises(ValueError, match="must be one of"):
+        logistic_mixture(x, params, backend="cuda")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kinds", [
+    (torch.uint8, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float16), (torch.uint8, torch.float64)])
+def test_mixed_types_and_autocast(kinds, autocast):
+    """Both forms give the accumulator's type, and gradients that of params; near float64."""
+    x, params = inputs(C=3)
+    x = x.to(kinds[0])
+    params = params.to(kinds[1]).requires_grad_()
+    exact = params.detach().double().requires_grad_()
+    want = logistic_mixture_reference(x, exact)
+    d_want = torch.autograd.grad(want.sum(), exact)[0]
+    for backend in ("torch", "triton"):
+        with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
+            y = logistic_mixture(x, params, backend=backend)
+        grad, = torch.autograd.grad(y.sum(), params)
+        assert y.dtype == kernels.accumulator(params) and grad.dtype == params.dtype
+        assert_near(y, want, 2e-5, backend)
+        assert_near(grad, d_want, {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(kinds[1], 2e-5), backend)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_few_compilations(channels_last, monkeypatch):
+    """Sizes are arguments: images of ten sizes differ only by what triton makes of integers."""
+    with compilations(module, monkeypatch) as keys:
+        for H, W in [(1, 2), (3, 3), (4, 4), (5, 6), (7, 7), (8, 8), (9, 12), (10, 11), (13, 11), (12, 16)]:
+            x, params = inputs((1, 2, H, W))
+            params = params.to(memory_format=torch.channels_last) if channels_last else params
+            logistic_mixture(x, params.requires_grad_()).sum().backward()
+    assert {name for name, _ in keys} == {"_logistic_fwd_kernel", "_logistic_bwd_kernel"}
+    assert len(keys) <= 2 * 2
+
+
 @pytest.mark.parametrize("C", CHANNELS)
 def test_as_a_custom_operator(C):
     x, params = inputs(C=C)
     params = params.to(memory_format=torch.channels_last if C == 3 else torch.contiguous_format)
-    opcheck(module._fwd, (x, params, True))
-    torch.library.opcheck(module._fwd, (x, params, False))
-    torch.library.opcheck(module._bwd, (torch.randn(2, 5, 7, device=DEVICE), params))
+    opcheck(module._fwd.operator, (x, params, True))
+    torch.library.opcheck(module._fwd.operator, (x, params, False))
+    torch.library.opcheck(module._bwd.operator, (torch.randn(2, 5, 7, device=DEVICE), params))
     compiles(logistic_mixture, (x, params))
 
 

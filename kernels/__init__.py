@@ -164,33 +164,36 @@ def launch(kernel, programs, *args, **constants):
         kernel[(programs,)](*args, **constants, **OPTIONS)
 
 
-def operator(name, fake, setup=None, backward=None, differentiable=1):
+def operator(name, fake, setup=None, backward=None):
     """Make a function that launches kernels an operation of PyTorch's. To be written above it: @operator("norm_fwd", ...).
 
     The function takes tensors and numbers, annotated, and returns new tensors. fake: the same of tensors without data.
     setup (ctx, inputs, output) and backward (ctx, *gradients) -> gradients are those of torch.autograd.Function and of
-    torch.library.register_autograd. differentiable: 1, or 2 where backward is made of operations that have gradients too.
+    torch.library.register_autograd. An operation without backward, as most of those that a backward calls, raises where its
+    gradient is asked for: a second derivative is refused, not taken to be 0.
     What is called is the function itself, in eager mode; where a compiler, fake tensors or a tensor subclass look on, the
     custom operator `operator`, which they can see as one node, and which costs some 30 us a call more.
     """
+    def no_setup(ctx, inputs, output):
+        pass
+
+    def no_backward(ctx, *gradients):
+        raise RuntimeError(f"{name} has no derivative")
+
     def wrap(function):
         custom = torch.library.custom_op(f"{__name__}::{name}", function, mutates_args=())
         custom.register_fake(fake)
-        differentiate = None
         if backward:
             custom.register_autograd(backward, setup_context=setup)
-            eager = backward if differentiable > 1 else torch.autograd.function.once_differentiable(backward)
-            methods = {"forward": function, "setup_context": setup, "backward": eager}
-            methods = {key: staticmethod(method) for key, method in methods.items()}
-            differentiate = type(name, (torch.autograd.Function,), methods).apply
+        methods = {"forward": function, "setup_context": setup or no_setup, "backward": backward or no_backward}
+        methods = {key: staticmethod(method) for key, method in methods.items()}
+        differentiate = type(name, (torch.autograd.Function,), methods).apply
 
         @functools.wraps(function)
         def call(*args):
             if torch.compiler.is_compiling() or type(args[0]) not in PLAIN or torch._C._len_torch_dispatch_stack():
                 return custom(*args)
-            if differentiate and torch.is_grad_enabled():
-                return differentiate(*args)
-            return function(*args)
+            return differentiate(*args) if torch.is_grad_enabled() else function(*args)
 
         call.operator = custom
         return call

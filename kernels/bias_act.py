@@ -131,7 +131,7 @@ def _backward_fwd(ctx, dy):
     return dx, None if ctx.bias is None else db.to(ctx.bias), None, None, None
 
 
-@operator("bias_act_fwd", _fake_fwd, _save_fwd, _backward_fwd, differentiable=2)
+@operator("bias_act_fwd", _fake_fwd, _save_fwd, _backward_fwd)
 def _fwd(x: torch.Tensor, bias: torch.Tensor | None, sign: torch.Tensor | None, slope: float, gain: float) -> torch.Tensor:
     """gain * factor * (x + bias), in the layout of sign where that is given, else of x."""
     last = dense(x if sign is None else sign)[1]
@@ -159,7 +159,7 @@ def _backward_bwd(ctx, ddx, ddb):
     return _fwd(ddx, ddb if ctx.bias else None, y, ctx.slope, ctx.gain), None, None, None, None
 
 
-@operator("bias_act_bwd", _fake_bwd, _save_bwd, _backward_bwd, differentiable=2)
+@operator("bias_act_bwd", _fake_bwd, _save_bwd, _backward_bwd)
 def _bwd(dy: torch.Tensor, y: torch.Tensor, bias: bool, slope: float, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias, the latter in the type of accumulation, and empty where there is no bias."""
     y, last = dense(y)

@@ -33,7 +33,16 @@ from torch import Tensor
 
 from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, autocast, jit, launch, operator, tl, triton, use_triton
 
-BLOCKS = {2: (128, 64, 32), 4: (64, 32, 16)}  # bytes of an element: pixels, output channels (half where gated), input channels
+BLOCKS = {  # bytes of an element: pixels, output channels (half where gated), input channels; larger ones spill somewhere
+    2: (128, 64, 32),
+    4: (64, 32, 16),
+    8: (16, 16, 16),
+}
+UNALIGNED = {  # where 16 does not divide both channels: loads element by element take more registers
+    2: (64, 32, 16),
+    4: (32, 32, 16),
+    8: (16, 16, 16),
+}
 SMALL = 2**16  # plain form, on a CPU without AVX-512: so few elements of x make a product faster than a convolution
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of such CPUs a Zen 5 was timed: convolutions win
 CHUNK = 512  # dweight: the fewest pixels that are summed apart,
@@ -301,9 +310,14 @@ def _block(size, most):
     return max(min(triton.next_power_of_2(size), most), 16)  # what tl.dot multiplies has sides of at least 16
 
 
+def _largest(size, C, N):
+    """The most that a program takes of pixels and channels, for elements of so many bytes."""
+    return (UNALIGNED if C % 16 or N % 16 else BLOCKS)[size]
+
+
 def _blocks(x, C, N, gated=False):
     """Programs and blocks of a product with x that takes C channels to N."""
-    block_m, block_n, block_k = BLOCKS[min(x.element_size(), 4)]
+    block_m, block_n, block_k = _largest(x.element_size(), C, N)
     block_n = _block(N, block_n // 2 if gated else block_n)
     programs = triton.cdiv(_pixels(x)[0], block_m) * triton.cdiv(N, block_n)
     return programs, {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": _block(C, block_k)}
@@ -336,7 +350,7 @@ def _fake_dweight(dy, x, weight, taps):
 def _dweight(dy: Tensor, x: Tensor, weight: Tensor, taps: int) -> Tensor:
     N, C = weight.shape[:2]
     M, H, W = _pixels(x)
-    side = BLOCKS[min(x.element_size(), 4)][1]
+    side = _largest(x.element_size(), C, N)[1]
     blocks = {"BLOCK_M": max(side // 2, 16), "BLOCK_N": _block(N, side), "BLOCK_K": _block(C, side)}
     chunk = max(CHUNK, triton.cdiv(M, MAX_CHUNKS))
     chunk = triton.cdiv(chunk, blocks["BLOCK_M"]) * blocks["BLOCK_M"]
@@ -460,17 +474,22 @@ def supports(x, weight, bias, cond=None):
     return True, ""
 
 
-def _check(op, x, weight, bias, mask_type):
+def live_taps(op: str, kernel_size: tuple[int, int], mask_type: str) -> int:
+    """How many taps of a kernel of that size a mask keeps; ValueError, in the name of op, where there is no such mask."""
+    kh, kw = kernel_size
     if mask_type not in MASKS:
         raise ValueError(f"{op}: mask_type {mask_type!r} must be one of {', '.join(MASKS)}")
+    if kh % 2 == 0 or kw % 2 == 0 or not _taps(kh, kw, mask_type):
+        raise ValueError(f"{op}: a {kh} x {kw} kernel needs odd sides and, for mask_type {mask_type!r}, a live tap")
+    return _taps(kh, kw, mask_type)
+
+
+def _check(op, x, weight, bias, mask_type):
     fits = x.dim() == weight.dim() == 4 and weight.shape[1] == x.shape[1]
     if not fits or bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} "
                          f"do not fit x {tuple(x.shape)}")
-    kh, kw = weight.shape[2:]
-    if kh % 2 == 0 or kw % 2 == 0 or not _taps(kh, kw, mask_type):
-        raise ValueError(f"{op}: a {kh} x {kw} kernel needs odd sides and, for mask_type {mask_type!r}, a live tap")
-    return _taps(kh, kw, mask_type)
+    return live_taps(op, weight.shape[2:], mask_type)
 
 
 def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, mask_type: str = "B", *,
@@ -518,9 +537,9 @@ def _spec(kernel, dtype, registers=255, k=(3, 3), C=64, N=64, **more):
     args |= dict.fromkeys(("H", "W", "taps"), "i32") | {"C": _integer(C), "N": _integer(N), "cond_p": "i32:16"}
     args |= {"KH": k[0], "KW": k[1], "BIAS": True, "COND": True, "KEEP": True, "UPCAST": False, "BLOCK": ELEMENTS}
     args |= {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
-    m, n, c = BLOCKS[2 if dtype in ("fp16", "bf16") else 4]
+    m, n, c = _largest({"fp64": 8, "fp32": 4}.get(dtype, 2), C, N)
     if kernel == "_conv_dweight_kernel":
-        m = n // 2
+        m = max(n // 2, 16)
         c = n
     if kernel == "_gated_conv_fwd_kernel":
         n = n // 2
@@ -528,7 +547,8 @@ def _spec(kernel, dtype, registers=255, k=(3, 3), C=64, N=64, **more):
     args |= {"BLOCK_M": m, "BLOCK_N": _block(sides[1], n), "BLOCK_K": _block(sides[0], c)} | more
     matrix = dtype in ("fp16", "bf16") and kernel != "_gate_bwd_kernel"  # float32 with "ieee" precision: none on NVIDIA
     name = ", ".join([dtype, f"{k[0]}x{k[1]}, {C} to {N}", *(f"no {key.lower()}" for key, value in more.items() if not value)])
-    return Spec(kernel, name, args, num_stages=3, registers=registers, matrix=matrix, vector=C % 16 == N % 16 == 0)
+    return Spec(kernel, name, args, num_stages=3, registers=registers, matrix=matrix,
+                vector=C % 16 == N % 16 == 0 and C * N > 256)
 
 
 def _integer(size):
@@ -547,6 +567,6 @@ if triton is not None:
     AOT_MORE += [_spec(kernel, "fp64") for kernel in (*_PRODUCTS, "_gate_bwd_kernel")]
     for t in ("fp32", "bf16", "fp16"):
         AOT_MORE += [_spec(kernel, t, k=k) for kernel in _PRODUCTS for k in ((1, 3), (7, 7))]
-        AOT_MORE += [_spec(kernel, t, C=C, N=N) for kernel in _PRODUCTS for C, N in ((16, 16), (32, 16), (16, 64), (3, 100))]
+        AOT_MORE += [_spec(kernel, t, C=C, N=N) for kernel in _PRODUCTS for C, N in ((16, 16), (16, 64), (3, 64), (3, 100))]
         AOT_MORE += [_spec("_conv_fwd_kernel", t, BIAS=False), _spec("_gate_bwd_kernel", t, N=100)]
         AOT_MORE += [_spec("_gated_conv_fwd_kernel", t, **{key: False}) for key in ("BIAS", "COND", "KEEP")]

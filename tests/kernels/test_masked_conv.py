@@ -40,7 +40,8 @@ KERNELS = [((1, 1, 1, 1), (1, 1), "B"), ((1, 2, 3, 2), (5, 5), "A"), ((1, 2, 2, 
 @pytest.fixture
 def small(monkeypatch):
     """Blocks and chunks so small that few elements give several of each."""
-    monkeypatch.setattr(module, "BLOCKS", dict.fromkeys((2, 4), (16, 16, 16)))
+    for blocks in ("BLOCKS", "UNALIGNED"):
+        monkeypatch.setattr(module, blocks, dict.fromkeys((2, 4, 8), (16, 16, 16)))
     monkeypatch.setattr(module, "CHUNK", 16)
 
 

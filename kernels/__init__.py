@@ -15,6 +15,7 @@ so mode "auto" takes a kernel from a number of elements on, `least` in each file
 import collections
 import contextlib
 import functools
+import inspect
 import os
 from typing import NamedTuple
 
@@ -185,6 +186,7 @@ def operator(name, fake, setup=None, backward=None):
         custom.register_fake(fake)
         if backward:
             custom.register_autograd(backward, setup_context=setup)
+        function.__signature__ = inspect.signature(function)  # kept: every call of the Function below asks for it
         methods = {"forward": function, "setup_context": setup or no_setup, "backward": backward or no_backward}
         methods = {key: staticmethod(method) for key, method in methods.items()}
         differentiate = type(name, (torch.autograd.Function,), methods).apply

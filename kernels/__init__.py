@@ -15,6 +15,7 @@ so mode "auto" takes a kernel from a number of elements on, `least` in each file
 import collections
 import contextlib
 import functools
+import inspect
 import os
 from typing import NamedTuple
 
@@ -180,33 +181,20 @@ def operator(name, fake, setup=None, backward=None):
     def no_backward(ctx, *gradients):
         raise RuntimeError(f"{name} has no derivative")
 
-    save = setup or no_setup
-
     def wrap(function):
         custom = torch.library.custom_op(f"{__name__}::{name}", function, mutates_args=())
         custom.register_fake(fake)
         if backward:
             custom.register_autograd(backward, setup_context=setup)
-
-        def forward(ctx, *args):
-            output = function(*args)
-            save(ctx, args, output)
-            return output
-
-        def differentiable(**methods):
-            methods = {key: staticmethod(method) for key, method in methods.items()}
-            return type(name, (torch.autograd.Function,), methods).apply
-
-        differentiate = differentiable(forward=forward, backward=backward or no_backward)
-        # torch.func wants setup_context; where there is one, PyTorch inspects a signature in each call, which takes some 20 us
-        transform = differentiable(forward=function, setup_context=save, backward=backward or no_backward)
+        function.__signature__ = inspect.signature(function)  # kept: every call of the Function below asks for it
+        methods = {"forward": function, "setup_context": setup or no_setup, "backward": backward or no_backward}
+        methods = {key: staticmethod(method) for key, method in methods.items()}
+        differentiate = type(name, (torch.autograd.Function,), methods).apply
 
         @functools.wraps(function)
         def call(*args):
             if torch.compiler.is_compiling() or type(args[0]) not in PLAIN or torch._C._len_torch_dispatch_stack():
                 return custom(*args)
-            if torch._C._are_functorch_transforms_active():
-                return transform(*args)
             return differentiate(*args) if torch.is_grad_enabled() else function(*args)
 
         call.operator = custom

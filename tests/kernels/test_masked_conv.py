@@ -3,7 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, GRADIENTS, agree, assert_near, compiles, deterministic, gradcheck, leaves, nbytes, opcheck, traffic
+from harness import (
+    DEVICE,
+    GRADIENTS,
+    TOLERANCE,
+    agree,
+    assert_near,
+    compilations,
+    compiles,
+    deterministic,
+    gradcheck,
+    leaves,
+    nbytes,
+    opcheck,
+    traffic,
+)
 
 import kernels
 from kernels import masked_conv as module
@@ -26,7 +40,8 @@ KERNELS = [((1, 1, 1, 1), (1, 1), "B"), ((1, 2, 3, 2), (5, 5), "A"), ((1, 2, 2, 
 @pytest.fixture
 def small(monkeypatch):
     """Blocks and chunks so small that few elements give several of each."""
-    monkeypatch.setattr(module, "BLOCKS", dict.fromkeys((2, 4), (16, 16, 16)))
+    for blocks in ("BLOCKS", "UNALIGNED"):
+        monkeypatch.setattr(module, blocks, dict.fromkeys((2, 4, 8), (16, 16, 16)))
     monkeypatch.setattr(module, "CHUNK", 16)
 
 
@@ -213,9 +228,27 @@ def test_auto_is_the_plain_form_and_triton_says_why_it_cannot(monkeypatch):
     with pytest.raises(RuntimeError, match="weight torch.float64"):
         masked_conv2d(x, weight.double(), bias)
     monkeypatch.setattr(kernels, "mode", "auto")
-    monkeypatch.setattr(module, "_conv", None)  # must not be called
+    monkeypatch.setattr(module, "launch", None)  # must not be called
     assert torch.equal(masked_conv2d(x, weight, bias), masked_conv2d_torch(x, weight, bias))
     assert torch.equal(gated_masked_conv2d(x, weight, bias), gated_masked_conv2d_torch(x, weight, bias))
+
+
+@pytest.mark.parametrize("f", [masked_conv2d, gated_masked_conv2d])
+def test_the_backend_of_one_call(f, monkeypatch):
+    """It decides against the mode, both ways, and an unknown one is refused."""
+    launches = []
+    monkeypatch.setattr(module, "launch", lambda kernel, *args, **constants: launches.append(kernel))
+    x, weight, bias = inputs()
+    for mode in kernels.MODES:
+        monkeypatch.setattr(kernels, "mode", mode)
+        for backend, ran in (("triton", 1), ("torch", 0), ("auto", 0), (None, mode == "triton")):
+            launches.clear()
+            y = f(x, weight, bias, backend=backend)
+            assert len(launches) == ran
+            if not ran:
+                assert torch.equal(y, getattr(module, f"{f.__name__}_torch")(x, weight, bias))
+    with pytest.raises(ValueError, match="must be one of auto, torch, triton"):
+        f(x, weight, bias, backend="cuda")
 
 
 # ---- as operators
@@ -229,8 +262,8 @@ def test_gradcheck(small):
 @pytest.mark.parametrize("shape, channels_last", [((2, 2, 2, 3), False), ((2, 2, 2, 3), True), ((2, 1, 1, 1), False)])
 def test_as_custom_operators(small, shape, channels_last):
     x, weight, bias, cond = inputs(shape, 2, channels_last=channels_last, cond="vector")
-    opcheck(module._fwd, (x, weight, bias, 1))
-    opcheck(module._gated_fwd, (x, weight, bias if channels_last else None, cond if channels_last else None, 2, True))
+    opcheck(module._fwd.operator, (x, weight, bias, 1))
+    opcheck(module._gated_fwd.operator, (x, weight, bias if channels_last else None, cond if channels_last else None, 2, True))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -240,13 +273,40 @@ def test_backward_operators_say_what_they_return(channels_last):
     pq = dy.contiguous(memory_format=torch.channels_last)
     both = dy, x, weight, 4
     for op, args in ((module._dx, both), (module._dweight, both), (module._gate_bwd, (dy[:, :2], pq))):
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(op.operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_compiles(channels_last):
     compiles(masked_conv2d, inputs(channels_last=channels_last))
     compiles(gated_masked_conv2d, inputs(channels_last=channels_last, cond="vector"))
+
+
+@pytest.mark.parametrize("differentiate", [lambda y, x: y.backward(), torch.autograd.grad], ids=["backward", "grad"])
+@pytest.mark.parametrize("loss", ["linear", "square"])
+@pytest.mark.parametrize("f", [masked_conv2d, gated_masked_conv2d])
+def test_a_second_derivative_is_refused(f, loss, differentiate):
+    """The backward kernels have none, and one without them would be silently wrong. dx depends on the weight; with a linear
+    loss it does so though no gradient that comes in does."""
+    x, weight, bias = leaves(inputs((1, 2, 2, 3)))
+    y = f(x, weight, bias)
+    dx, = torch.autograd.grad((y if loss == "linear" else y.square()).sum(), x, create_graph=True)
+    penalty = dx.square().sum() + weight.square().sum()
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        differentiate(penalty, weight)
+
+
+def test_image_sizes_share_compilations(monkeypatch):
+    """Sizes are arguments: ten of them make at most four variants of a kernel, by what 16 divides."""
+    monkeypatch.setattr(module, "launch", lambda kernel, programs, *args, **constants: None)
+    with compilations(module, monkeypatch) as keys:
+        for H, W in ((7, 7), (8, 8), (9, 9), (14, 14), (16, 16), (20, 28), (28, 28), (32, 32), (48, 48), (64, 64)):
+            given = leaves(inputs((2, 16, H, W), 32, cond="map", channels_last=True))
+            y = masked_conv2d(*given[:3]).sum() + gated_masked_conv2d(*given).sum()
+            torch.autograd.grad(y, given)
+    launched = [name for name, _ in keys]
+    counts = {name: launched.count(name) for name in launched}
+    assert len(counts) == 5 and max(counts.values()) <= 4, counts
 
 
 def test_deterministic(small):
@@ -312,15 +372,33 @@ def test_layouts_stay(f, layout):
     assert f(x.to(memory_format=layout), weight, bias).is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("cond", [False, True])
-def test_under_autocast_all_take_its_type(cond):
-    """As PyTorch's own convolution does: float32 parameters beside a half-precision x or condition."""
-    x, weight = torch.randn(2, 4, 5, 6, device=DEVICE), torch.randn(8, 4, 3, 3, device=DEVICE, requires_grad=True)
-    c = torch.randn(2, 8, device=DEVICE, dtype=torch.bfloat16) if cond else None
-    with torch.autocast(DEVICE, torch.bfloat16):
-        y, z = masked_conv2d(x, weight), gated_masked_conv2d(x.bfloat16(), weight, None, c)
-        want = masked_conv2d_reference(x, weight)
-    assert y.dtype == z.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), want.float(), rtol=0.02, atol=0.05)
-    (y.sum() + z.sum()).backward()
-    assert weight.grad.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", ["all in float32", "x in half", "parameters in half", "condition in half"])
+def test_under_autocast_all_take_its_type(given, dtype):
+    """As PyTorch's own convolution does, the plain form and the kernels alike, whatever the types of what is given."""
+    half = {"all in float32": (), "x in half": (0,), "parameters in half": (1, 2), "condition in half": (3,)}[given]
+    x, weight, bias, cond = (a.to(dtype) if i in half else a for i, a in enumerate(inputs((2, 4, 5, 6), 8, cond="vector")))
+    for f, args in ((masked_conv2d, (x, weight, bias)), (gated_masked_conv2d, (x, weight, bias, cond))):
+        reference = getattr(module, f"{f.__name__}_reference")
+        exact = leaves(args, torch.float64)
+        want = reference(*exact)
+        dy = torch.randn_like(want)
+        gradients = torch.autograd.grad(want, exact, dy)
+        for backend in ("torch", "triton"):
+            ours = leaves(args)
+            with torch.autocast(DEVICE, dtype):
+                y = f(*ours, backend=backend)
+                assert y.dtype == dtype
+            assert_near(y, want, 2 * TOLERANCE[dtype])
+            got = torch.autograd.grad(y, ours, dy.to(dtype))
+            for a, b, leaf in zip(got, gradients, ours, strict=True):
+                assert a.dtype == leaf.dtype
+                assert_near(a, b, 2 * TOLERANCE[dtype])
+
+
+def test_autocast_leaves_float64_alone():
+    given = inputs(cond="vector")
+    want = gated_masked_conv2d_reference(*(a.double() for a in given))
+    for backend in ("torch", "triton"):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert_near(gated_masked_conv2d(*(a.double() for a in given), backend=backend), want, 1e-11)

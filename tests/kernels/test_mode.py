@@ -83,7 +83,7 @@ def test_without_triton(mode):
     """macOS and Windows: all files import, auto computes, triton gives the reason, the report too."""
     files = [p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem != "__init__"]
     code = ("import sys; sys.modules['triton'] = None\nimport torch, kernels\n"
-            + "".join(f"import kernels.{f}\nassert kernels.{f}.AOT_SPECS == []\n" for f in files)
+            + "".join(f"import kernels.{f}\nassert getattr(kernels.{f}, 'AOT_SPECS', []) == []\n" for f in files)
             + "print(kernels.report())\nprint(kernels.group_norm.group_norm_silu(torch.ones(1, 2), 1, *torch.ones(2, 2)))")
     done = python(code, M2_KERNELS=mode)
     assert "triton is not installed" in done.stdout, done.stderr

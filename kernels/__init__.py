@@ -51,7 +51,7 @@ OPS = {  # operation: its file
     "bias_act": "bias_act",
 }
 LIBRARY = {  # operation: the calls that "auto" leaves to the kernels that come with PyTorch, faster or not yet timed
-    "attention": "calls without bias and strict",
+    "attention": "calls without bias",
     "masked_conv2d": "all calls",
     "gated_masked_conv2d": "all calls",
 }
@@ -239,3 +239,4 @@ class Spec(NamedTuple):
     vector: bool = True  # loads of at least 8 bytes a thread must be there
     matrix: bool = False  # matrix instructions must be there
     hip: dict = {}  # what is otherwise on AMD: constants, num_warps, num_stages
+    own: dict = {}  # target of tools/kernel_report.py: the same of that one, or None where no launch chooses this variant

@@ -67,9 +67,9 @@ def compile_one(file, index, target):
 
     module = importlib.import_module(f"kernels.{file}")
     spec, (backend, arch, warp, shared_limit) = module.AOT_SPECS[index], TARGETS[target]
-    if backend == "hip":
-        own = {key: spec.hip[key] for key in ("num_warps", "num_stages") if key in spec.hip}
-        spec = spec._replace(args={key: spec.hip.get(key, a) for key, a in spec.args.items()}, **own)
+    own = (spec.hip if backend == "hip" else {}) | spec.own.get(target, {})
+    options = {key: own[key] for key in ("num_warps", "num_stages") if key in own}
+    spec = spec._replace(args={key: own.get(key, a) for key, a in spec.args.items()}, **options)
     fn = getattr(module, spec.kernel)
     args = {name: spec.args[name] for name in fn.arg_names}
     signature = {name: a.split(":")[0] if isinstance(a, str) else "constexpr" for name, a in args.items()}
@@ -102,7 +102,8 @@ def build(only=None, targets=TARGETS):
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     sys.path.insert(0, str(ROOT))
     jobs = [(file, i, target) for file in files() if only in (None, file)
-            for i in range(len(importlib.import_module(f"kernels.{file}").AOT_SPECS)) for target in targets]
+            for i, spec in enumerate(importlib.import_module(f"kernels.{file}").AOT_SPECS) for target in targets
+            if spec.own.get(target, {}) is not None]
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True)))
 

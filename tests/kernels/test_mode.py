@@ -36,7 +36,7 @@ def test_auto_falls_back_and_says_so(monkeypatch):
 
 
 def test_auto_leaves_to_the_library_what_the_report_says(monkeypatch):
-    """As on a machine with a GPU: no kernel for masked convolutions and plain attention, one for all else."""
+    """As on a machine with a GPU: no kernel for masked convolutions and attention without a bias, one for all else."""
     monkeypatch.setattr(kernels, "mode", "auto")
     monkeypatch.setattr(kernels, "INTERPRETING", False)
     monkeypatch.setattr(kernels, "available", lambda device=None: (True, "triton 1 on a GPU"))
@@ -46,9 +46,10 @@ def test_auto_leaves_to_the_library_what_the_report_says(monkeypatch):
     masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
     gated_masked_conv2d(INPUTS[0], torch.ones(2, 4, 3, 3))
     attention(*torch.randn(3, 1, 1, 4, 16))
-    attention(*torch.randn(3, 1, 1, 4, 16), mask="strict")  # too small for a launch
+    attention(*torch.randn(3, 4, 8, 64, 32), mask="strict")
+    attention(*torch.randn(3, 1, 1, 4, 16), torch.zeros(1, 3, 3))  # too small for a launch
     with pytest.raises(TypeError):  # _fwd is None
-        attention(*torch.randn(3, 4, 8, 64, 32), mask="strict")
+        attention(*torch.randn(3, 4, 8, 64, 32), torch.zeros(8, 15, 15))
     kernels.decode_attention.decode_attention(*torch.randn(3, 0, 2, 1, 16), 1)  # nothing to launch for
     runs = {line.split()[0]: line for line in kernels.report().splitlines()}
     for op, line in runs.items():

@@ -457,8 +457,25 @@ def test_the_guidance_of_samples():
     assert_close(sample(net, x, y, config(guidance=1.5, nfe=8)), sample(mixed, x, y, config(guidance=1.0, nfe=4)))
 
 
+def test_without_guidance_the_label_has_no_part_in_a_sample(digits, tmp_path):
+    """At 0 the images of two classes are the same, those that the network makes when no label is given. At 1 they are not."""
+    out = tmp_path / "run"
+    diffusion.main([*TINY, "--out", str(out), "--lr", "0.02", "--warmup", "0", "--ema", "0.5"])
+    found = {}
+    for flags in ("--guidance 0 --label 3", "--guidance 0 --label 5", "--guidance 1 --label 3", "--guidance 1 --label 5"):
+        diffusion.main(["--mode", "sample", "--out", str(out), *flags.split()])
+        found[flags] = np.load(out / "sampled" / "samples.npz")["images"]
+    a, b, c, d = found.values()
+    assert np.array_equal(a, b) and not np.array_equal(c, d) and not np.array_equal(a, c)
+    model, cfg = diffusion.load(out)
+    cfg.guidance = 1.0
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(cfg.seed))
+    want = diffusion.to_uint8(sample(model, noise, torch.full((4,), 10), cfg))
+    assert np.array_equal(a, want.permute(0, 2, 3, 1).numpy())
+
+
 def test_completions_are_of_the_test_images(digits, tmp_path, monkeypatch):
-    """Pairs of an image's known half, on black, and an image that has this half."""
+    """Pairs of an image's known half, on black, and an image that has this half, from the noise of --seed."""
     grids, told, inside = {}, [], diffusion.inpaint
 
     def watch(model, x, mask, y, *rest):
@@ -468,9 +485,13 @@ def test_completions_are_of_the_test_images(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
     monkeypatch.setattr(diffusion, "inpaint", watch)
     diffusion.main([*TINY, "--out", str(tmp_path / "run"), "--inpaint", "left", "--seed", "5"])
+    model, cfg = diffusion.load(tmp_path / "run")
+    mask = diffusion.read_mask("left", 8, 8).float()
+    want = inside(model, digits.test / 127.5 - 1, mask, digits.test_labels, cfg, torch.Generator().manual_seed(5))
     pairs = grids["inpaint.png"].unflatten(0, (-1, 2))
     assert torch.equal(pairs[:, 0, ..., :4], digits.test[..., :4]) and (pairs[:, 0, ..., 4:] == 0).all()
-    assert torch.equal(pairs[:, 1, ..., :4], digits.test[..., :4]) and (pairs[:, 1, ..., 4:] != 0).any()
+    assert torch.equal(pairs[:, 1, ..., :4], digits.test[..., :4]) and torch.equal(
+        pairs[:, 1], diffusion.to_uint8(want))
     assert len(told) == 1 and torch.equal(told[0], digits.test_labels)
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -405,6 +406,19 @@ def test_every_option_runs(digits, tmp_path, flags):
     assert math.isfinite(final(out)["test_bpd"])
     if "--compare digits" in flags:
         assert final(out)["compare_bpd"] == final(out)["test_bpd"]
+
+
+def test_compared_are_the_images_of_the_other_data_set(digits, tmp_path, monkeypatch):
+    """likelihoods.npz holds the bits/dim of each of its test images, and of each of ours; the figures are their means."""
+    other = tiny.make_data(flow, test=5)
+    monkeypatch.setattr(flow, "load_data", lambda name, *args: other if name == "other" else digits)
+    out = tmp_path / "run"
+    flow.main([*TINY, "--out", str(out), "--compare", "other", "--seed", "5"])
+    model, cfg = flow.load(out)
+    found = np.load(out / "likelihoods.npz")
+    for name, images in (("test", digits.test), ("compare", other.test)):
+        want = flow.bits_per_dim(model, images, 10, cfg, SimpleNamespace(device="cpu"))
+        assert np.array_equal(found[name], want.numpy()) and final(out)[f"{name}_bpd"] == pytest.approx(want.mean().item())
 
 
 @pytest.mark.parametrize("arch", ["tarflow", "glow"])

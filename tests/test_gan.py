@@ -368,11 +368,12 @@ def test_the_detector_looks_at_the_average_beside_images_of_training(digits, tmp
 
 
 def test_each_network_steps_on_noise_of_its_own(digits, tmp_path, monkeypatch):
-    """D and G see other noise, other at each step, and the same real images and labels."""
+    """D and G see other noise, other at each step, and the same real images and labels. G's step asks for no gradient of D."""
     seen = []
     for name, function in (("loss_d", loss_d), ("loss_g", loss_g)):
         def watch(G, D, real, y, z, *args, inside=function):
             seen.append((real, y, z))
+            assert all(p.requires_grad == (inside is loss_d) for p in D.parameters())
             return inside(G, D, real, y, z, *args)
         monkeypatch.setattr(gan, name, watch)
     gan.main([*TINY, "--out", str(tmp_path / "run")])

@@ -489,6 +489,39 @@ def test_what_is_printed_is_measured(digits, tmp_path, capsys, monkeypatch):
     assert f"{found['test_neg_iw_2']:.3f} nats" in printed and "k = 2" in printed and "8 test images" in printed
 
 
+def test_each_step_binarises_anew(digits, tmp_path, monkeypatch):
+    """Every step sees the same images here, and no two steps the same binary ones; their mean is that of the images."""
+    seen, loss = [], vae.loss
+    monkeypatch.setattr(vae, "loss", lambda model, x, *rest: seen.append(x) or loss(model, x, *rest))
+    monkeypatch.setattr(vae.Run, "batch", lambda run, data: (data.train[:400], data.train_labels[:400]))
+    vae.main([*TINY, "--out", str(tmp_path / "run")])
+    assert len(seen) == 4 and not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert all(x.dtype == torch.int64 and set(x.unique().tolist()) == {0, 1} for x in seen)
+    means, levels = torch.stack(seen).double().mean((0, 2, 3, 4)), digits.train[:400].double().mean((1, 2, 3)) / 255
+    assert (means - levels).abs().max() < 0.15 and (means - levels).mean().abs() < 0.005
+
+
+def test_the_bounds_are_of_all_importance_samples(digits, tmp_path, monkeypatch):
+    """13 of them an image, drawn a few at a time: the bounds for 1, 10 and 13, on a split whose last batch is a short one."""
+    drawn = {}
+
+    def draw(model, x, k, cfg, e):
+        log_w = 3 * torch.randn(len(x), k)
+        drawn.setdefault(x.numpy().tobytes(), []).append(log_w.double())
+        return log_w
+
+    monkeypatch.setattr(vae, "log_weights", draw)
+    monkeypatch.setattr(vae, "at_once", lambda shape: 3)
+    out = tmp_path / "run"
+    vae.main([*TINY, "--out", str(out), "--iw-samples", "13", "--save-every", "100"])
+    log_w = torch.cat([torch.cat(parts, 1)[:, :13] for parts in drawn.values()])
+    assert log_w.shape == (8, 13)
+    for k in (1, 10, 13):
+        groups = torch.stack([log_w[:, i:i + k].exp().mean(1).log() for i in range(0, 14 - k, k)])
+        assert final(out)[f"test_neg_iw_{k}"] == pytest.approx(-groups.mean().item(), rel=1e-6)
+    assert {name for name in final(out) if "neg_iw" in name} == {f"test_neg_iw_{k}" for k in (1, 10, 13)}
+
+
 def test_the_weight_of_the_kl_rises_to_beta(digits, tmp_path, monkeypatch):
     """In --kl-warmup steps; each step logs the KL of its levels under their names, the top one being the last."""
     seen, loss = [], vae.loss

@@ -394,6 +394,27 @@ def test_the_discriminator_starts_when_it_says(digits, tmp_path):
         assert bool(state) == moved
 
 
+def test_the_autoencoders_step_asks_for_no_gradient_of_the_discriminator(digits, tmp_path, monkeypatch):
+    """That of the discriminator does, and sees the image and the reconstruction of the same step."""
+    seen = []
+
+    def autoencoder(model, D, x, step, cfg):
+        assert not any(p.requires_grad for p in D.parameters())
+        result = loss_autoencoder(model, D, x, step, cfg)
+        seen.append((x, result[2]))
+        return result
+
+    def discriminator(D, x, x_hat, inside=vqgan.loss_discriminator):
+        assert all(p.requires_grad for p in D.parameters())
+        assert x is seen[-1][0] and x_hat is seen[-1][1]
+        return inside(D, x, x_hat)
+
+    monkeypatch.setattr(vqgan, "loss_autoencoder", autoencoder)
+    monkeypatch.setattr(vqgan, "loss_discriminator", discriminator)
+    vqgan.main([*TINY, "--out", str(tmp_path / "run"), "--stage1", "9", "--disc-start", "2"])
+    assert len(seen) == 4
+
+
 def test_each_stage_trains_its_own_network(digits, tmp_path):
     out = tmp_path / "run"
     vqgan.main([*TINY, "--out", str(out), "--stage1", "2", "--steps", "2"])

@@ -624,6 +624,20 @@ def test_the_last_grid_of_training_is_that_of_the_samples(module, tmp_path):
     assert (out / "samples.png").read_bytes() == (out / "samples" / "step_000003.png").read_bytes()
 
 
+def test_evaluation_and_sampling_leave_each_other_alone(module, trained, tmp_path):
+    """--mode eval adds a line of figures and writes no sample, --mode sample writes samples and adds no line."""
+    _, straight = trained(module)
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    lines, kept = len(metrics(out)), ("samples.npz", "samples.png", "checkpoint.pt")
+    stamps = [(out / name).stat().st_mtime_ns for name in kept]
+    assert tiny.run(module, ["--mode", "eval", "--out", out]) == 0
+    assert len(metrics(out)) == lines + 1 and not (out / "sampled").exists()
+    assert tiny.run(module, ["--mode", "sample", "--out", out]) == 0
+    assert len(metrics(out)) == lines + 1 and {"samples.npz", "samples.png"} <= {p.name for p in (out / "sampled").iterdir()}
+    assert stamps == [(out / name).stat().st_mtime_ns for name in kept]
+
+
 def test_data_is_loaded_as_the_flags_say(module, tmp_path, monkeypatch):
     """--dataset, --data-dir and --image-size; flow.py's --compare is loaded in the same way."""
     calls, load = [], module.load_data

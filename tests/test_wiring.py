@@ -469,22 +469,35 @@ def test_optimizers_step_at_the_rate_that_is_logged(module, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_figures_of_a_line_agree_with_each_other(name, tmp_path):
-    """Nats and bits, sums and their parts, a dimension and an image of 64."""
-    module = importlib.import_module(name)
+def test_what_is_logged_was_minimised(name, tmp_path, monkeypatch):
+    """Each line holds the losses of its step, nats and bits agree, and sums with their parts; an image has 64 dimensions."""
+    module, seen = importlib.import_module(name), []
+    watch_losses(module, monkeypatch, lambda function, args, result: seen.append((function, result)))
     more = {"vae": ["--kl-warmup", 0], "vqgan": ["--stage1", 2]}.get(name, [])
     lines = metrics(go(module, tmp_path / "run", *more))
-    for line in lines[:-1]:
-        if name == "vae":
-            assert line["loss"] * 64 == pytest.approx(-line["elbo"], rel=1e-5)
+    step = -1
+    for function, result in seen:
+        step += function not in ("loss_g", "loss_discriminator")  # which come second in a step
+        line = lines[step]
+        first = result[0] if isinstance(result, tuple) else result
+        value = first.mean().item()
+        if function == "loss_d":
+            want = {"loss_d": value, **{key: term.mean().item() for key, term in result[1].items()}}
+            want["gap"] = line["d_real"] - line["d_fake"]
         elif name == "flow":
-            assert line["loss"] == pytest.approx(line["bpd"] * math.log(2), rel=1e-5)
+            want = {"loss": -value / 64, "bpd": -value / 64 / math.log(2)}
         elif name == "autoregressive":
-            assert line["loss"] * 64 == pytest.approx(line["nats"], rel=1e-5)
-        elif name == "gan":
-            assert line["gap"] == pytest.approx(line["d_real"] - line["d_fake"], abs=1e-5)
-        elif "bits_per_code" in line:
-            assert line["loss"] == pytest.approx(line["bits_per_code"] * math.log(2), rel=1e-5)
+            want = {"loss": -value / 64, "nats": -value}
+        elif function == "nll":
+            want = {"loss": value / 16, "bits_per_code": value / 16 / math.log(2)}
+        elif function == "loss_autoencoder":
+            want = {"loss": value} | {key: term.item() for key, term in result[1].items() if key != "loss_d"}
+        elif name == "vae":
+            want = {"loss": value / 64, "elbo": -value}
+        else:
+            want = {"loss_d" if function == "loss_discriminator" else "loss": value}
+        assert {key: line[key] for key in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
+    assert lines[step + 1]["final"] and {function for function, _ in seen} == set(LOSSES[name])
 
 
 # ---- evaluation and samples

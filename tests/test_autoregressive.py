@@ -332,6 +332,11 @@ def test_completions_are_of_the_binarised_test_images(digits, tmp_path, monkeypa
     x = torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test
     rows = grids["complete.png"].unflatten(0, (-1, 6)) == 255  # the image, its half, four completions
     assert torch.equal(rows[:, 0], x) and all(torch.equal(rows[:, i, :, :4], x[:, :, :4]) for i in range(1, 6))
+    model, cfg = autoregressive.load(tmp_path / "run")
+    given = torch.where(torch.arange(8)[:, None] < 4, x.long(), -1).repeat_interleave(4, 0)
+    noise = torch.rand(given.shape, generator=torch.Generator().manual_seed(3))
+    completed, _ = sample(model, digits.test_labels.repeat_interleave(4), noise, cfg, given)
+    assert torch.equal(rows[:, 2:].flatten(0, 1), completed == 1)
 
 
 def test_the_passes_used_are_told(digits, tmp_path, capsys):

@@ -421,6 +421,27 @@ def test_compared_are_the_images_of_the_other_data_set(digits, tmp_path, monkeyp
         assert np.array_equal(found[name], want.numpy()) and final(out)[f"{name}_bpd"] == pytest.approx(want.mean().item())
 
 
+def test_the_noise_of_training_is_normal(digits, tmp_path, monkeypatch):
+    """Of the deviation of --noise, on top of uniform noise in the bins, other in each step and not of the image."""
+    seen, inside = [], flow.log_likelihood
+    x, y = digits.train[:200], digits.train_labels[:200]
+
+    def watch(model, v, log_q, y):
+        if model.training:
+            seen.append((v + 1) * 128 - x - 0.5)
+        return inside(model, v, log_q, y)
+
+    monkeypatch.setattr(flow, "log_likelihood", watch)
+    monkeypatch.setattr(flow.Run, "batch", lambda run, data: (x, y))
+    flow.main([*TINY, *"--noise 0.1 --steps 2 --save-every 100 --coupling affine --out".split(), str(tmp_path / "run")])
+    first, second = (r.flatten() for r in seen)
+    std = math.sqrt(12.8**2 + 1 / 12)
+    assert first.std().item() == pytest.approx(std, rel=0.03)
+    assert first.abs().mean().item() == pytest.approx(std * math.sqrt(2 / math.pi), rel=0.03)
+    for other in (second, x.flatten().float()):
+        assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1].item()) < 5 / len(first) ** 0.5
+
+
 @pytest.mark.parametrize("arch", ["tarflow", "glow"])
 def test_interpolations_end_in_test_images(digits, tmp_path, monkeypatch, arch):
     grids = {}

@@ -633,6 +633,15 @@ def test_samples_follow_the_seed_and_come_in_batches(module, tmp_path, monkeypat
         assert len(told) == 9
 
 
+@pytest.mark.parametrize("name", ["flow", "autoregressive"])
+def test_the_passes_that_are_told_are_the_most_of_a_batch(name, tmp_path, monkeypatch):
+    module, used = importlib.import_module(name), iter([4, 9, 2])
+    args, inside = generate_args(module, monkeypatch, tmp_path / "run", 7), module.sample
+    monkeypatch.setattr(module, "at_once", lambda *args: 3)
+    monkeypatch.setattr(module, "sample", lambda *args: (inside(*args)[0], next(used)))
+    assert module.generate(*args)[2] == 9
+
+
 def test_the_last_grid_of_training_is_that_of_the_samples(module, tmp_path):
     """Made of the averaged network and the noise of --seed: as many images of the same checkpoint, the same picture."""
     out = go(module, tmp_path / "run", "--num-samples", 80, "--save-every", 3, "--ema", 0.5)

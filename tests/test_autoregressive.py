@@ -270,6 +270,17 @@ def test_given_pixels_stay_and_the_rest_follows_from_them(sampler, patch):
     assert torch.equal(unpatchify((patchify(noise, patch) < p).long(), patch, 5, 5)[given < 0], drawn[given < 0])
 
 
+@pytest.mark.parametrize("sampler", ["naive", "cached", "jacobi"])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_samples_follow_the_temperature(sampler, temperature):
+    """Each binary pixel is the one that its noise asks for of a logit divided by the temperature."""
+    net, cfg = build((1, 5, 5), temperature=temperature, sampler=sampler)
+    y, noise = torch.tensor([0, 1, 2]), torch.rand(3, 1, 5, 5, dtype=torch.float64)
+    drawn, _ = sample(net, y, noise, cfg)
+    assert torch.equal(drawn, (noise < torch.sigmoid(net(drawn, y)[:, :, 0] / temperature)).long())
+    assert not torch.equal(drawn, sample(net, y, noise, dataclasses.replace(cfg, temperature=1.0))[0])
+
+
 def test_low_temperature_gives_the_mode():
     net, cfg = build((1, 4, 4), temperature=1e-6)
     y = torch.zeros(2, dtype=torch.long)
@@ -321,6 +332,11 @@ def test_completions_are_of_the_binarised_test_images(digits, tmp_path, monkeypa
     x = torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test
     rows = grids["complete.png"].unflatten(0, (-1, 6)) == 255  # the image, its half, four completions
     assert torch.equal(rows[:, 0], x) and all(torch.equal(rows[:, i, :, :4], x[:, :, :4]) for i in range(1, 6))
+    model, cfg = autoregressive.load(tmp_path / "run")
+    given = torch.where(torch.arange(8)[:, None] < 4, x.long(), -1).repeat_interleave(4, 0)
+    noise = torch.rand(given.shape, generator=torch.Generator().manual_seed(3))
+    completed, _ = sample(model, digits.test_labels.repeat_interleave(4), noise, cfg, given)
+    assert torch.equal(rows[:, 2:].flatten(0, 1), completed == 1)
 
 
 def test_the_passes_used_are_told(digits, tmp_path, capsys):
@@ -355,7 +371,7 @@ def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path, monkeypa
     """Against p(x) = sum_y p(x | y) / 10 written out, on the test split binarised with seed 0."""
     monkeypatch.setattr(autoregressive, "at_once", lambda *args: 3)  # the last batch is a short one
     out = tmp_path / "run"
-    autoregressive.main([*TINY, "--out", str(out)])
+    autoregressive.main([*TINY, "--out", str(out), "--seed", "5", "--temperature", "0.5"])
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     cfg = Config(**saved["config"])
     net = Autoregressive(4, 4, 4, 10, cfg)  # patches of 2 x 2

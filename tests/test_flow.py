@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,11 +147,30 @@ def test_actnorm_is_set_from_data_once():
     assert_close(h.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-5, rtol=0)
     assert_close(h.std((0, 2, 3)), torch.ones(4, dtype=torch.float64), atol=1e-3, rtol=0)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    model.f(x * 5, y)
+    model.f(x * 5, y)  # what sets it has gone
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    again, _ = build("affine", std=0.7)
-    again.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(model.f(x, y)[0], again.f(x, y)[0], strict=True))
+
+
+def test_training_begins_with_actnorm_of_its_images(digits, tmp_path, monkeypatch):
+    """At the first 256 of them, dequantized: each channel of each step has mean 0 and variance 1. A run that is continued
+    keeps what it has learned."""
+    calls, inside = [], flow.initialise
+    monkeypatch.setattr(flow, "initialise", lambda model, v, y: calls.append((inside(model, v, y), v, y, model.state_dict())))
+    out = tmp_path / "run"
+    flow.main([*TINY, "--out", str(out), "--arch", "glow", "--coupling", "affine", "--steps", "1"])
+    flow.main(["--out", str(out), "--resume", "--steps", "2"])
+    ((_, v, y, _),) = calls
+    assert torch.equal(flow.quantize(v), digits.train[:256]) and torch.equal(y, digits.train_labels[:256])
+    model, seen = flow.load(out)[0], []
+    inside(model, v, y)
+    step = model.f.scales[0]["steps"][0]
+    for i in range(len(model.f.scales)):
+        model.f.scales[i]["steps"][0].register_forward_pre_hook(lambda step, args: seen.append((step, args[0])))
+    model.f(v, y)
+    for step, x in seen:
+        h = (x + step.shift[:, None, None]) * torch.exp(step.log_scale)[:, None, None]
+        assert_close(h.mean((0, 2, 3)), torch.zeros(h.shape[1]), atol=1e-3, rtol=0)
+        assert_close(h.std((0, 2, 3)), torch.ones(h.shape[1]), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["additive", "affine", "spline"])
@@ -223,7 +243,46 @@ def test_denoising_gaussian_data():
     assert_close(flow.denoise(model, v, y, 0.3), v / (1 + 0.3**2))
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0.3])
+@every_kind
+def test_the_temperature_is_a_factor_on_the_noise(kind, temperature):
+    model, cfg = build(kind)
+    eps, y = [torch.randn(3, *shape, dtype=torch.float64) for shape in model.f.noise_shapes], torch.arange(3)
+    cold, _ = sample(model, eps, y, dataclasses.replace(cfg, temperature=temperature))
+    with torch.no_grad():
+        assert_close(cold, model.f.inverse([temperature * e for e in eps], y, "cached")[0])
+    assert not torch.allclose(cold, sample(model, eps, y, cfg)[0])
+
+
 # ---- likelihood
+
+
+def test_each_term_of_the_bound():
+    """Density, the width of a level and the learned noise: one factor each, worked out on their own."""
+    model, cfg = build("affine", dequantize="variational")
+    v, y = batch(3, (1, 4, 4))
+    log_q = torch.randn(3, dtype=torch.float64)
+    eps, log_det = model.f(v, y)
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    density = normal.log_prob(flat(eps)).sum(1) + log_det
+    assert_close(log_density(model, v, y), density)
+    assert_close(log_likelihood(model, v, log_q, y), density - 16 * math.log(128) - log_q)
+
+
+@pytest.mark.parametrize("fields", [{"dequantize": "variational"}, {"noise": 0.1}], ids=str)
+def test_evaluation_takes_what_training_adds(fields):
+    """The learned noise counts with its density, that of --noise is added: 5 images in one batch, by the same draws."""
+    model, cfg = build("affine", **fields)
+    images, model = torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8), model.float()
+    found = flow.evaluate(model, images, 3, cfg, "cpu")
+    torch.manual_seed(cfg.seed)
+    v, log_q = dequantize(model, images, torch.Generator().manual_seed(cfg.seed))
+    v = v + cfg.noise * torch.randn_like(v)
+    logs = torch.stack([log_likelihood(model, v, log_q, torch.full((5,), label)).double() for label in range(3)])
+    assert_close(found, -logs.exp().mean(0).log() / 16 / math.log(2), rtol=1e-5, atol=1e-5)
+    plain, _ = dequantize(model, images, torch.Generator().manual_seed(cfg.seed))
+    without = torch.stack([log_likelihood(model, plain, 0, torch.full((5,), label)).double() for label in range(3)])
+    assert ((found + without.exp().mean(0).log() / 16 / math.log(2)).abs() > 1e-3).all()
 
 
 @every_kind
@@ -259,15 +318,19 @@ def test_a_known_gaussian_has_its_known_bits():
     assert bits.mean().item() == pytest.approx(want, abs=4 * (bits.std() / len(bits) ** 0.5).item())
 
 
-def test_dequantised_levels_stay_in_their_bins():
-    for kind in ("uniform", "variational"):
-        model, cfg = build("affine", dequantize=kind)
-        x = torch.randint(0, 256, (4, 1, 4, 4))
-        v, _ = dequantize(model.float(), x)
-        assert torch.equal(((v + 1) * 128).floor().clamp(0, 255).long(), x) or kind == "variational"
-        u = (v + 1) * 128 - x
-        assert u.min() > -1e-3 and u.max() < 1 + 1e-3
-        assert torch.equal(flow.quantize((x + 0.5) / 128 - 1), x.byte())
+@pytest.mark.parametrize("kind", ["uniform", "variational"])
+def test_dequantised_levels_stay_in_their_bins(kind):
+    """Every level comes back, whatever the noise was; that fills the bins and leaves nothing of them out."""
+    model, _ = build("affine", dequantize=kind, std=0.1)
+    x = torch.arange(256).repeat(20).view(20, 1, 16, 16)
+    torch.manual_seed(0)
+    v, log_q = dequantize(model, x.double())
+    u = (v.double() + 1) * 128 - x
+    assert 0 <= u.min() < 0.05 and 0.95 < u.max() < 1
+    assert torch.equal(flow.quantize(v), x.byte())
+    assert torch.equal(log_q == 0, torch.full((20,), kind == "uniform"))
+    again, _ = dequantize(model, x.double())
+    assert not torch.equal(v, again)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (3, 3, 5)])
@@ -345,6 +408,27 @@ def test_temperature_is_the_scale_of_the_noise(kind):
     images, _ = sample(model, eps, y, dataclasses.replace(cfg, temperature=0.5))
     with torch.no_grad():
         assert_close(flat(model.f(images, y)[0]), 0.5 * flat(eps), rtol=1e-6, atol=1e-6)
+
+
+def test_the_noise_of_training_is_normal(digits, tmp_path, monkeypatch):
+    """Of the deviation of --noise, on top of uniform noise in the bins, other in each step and not of the image."""
+    seen, inside = [], flow.log_likelihood
+    x, y = digits.train[:200], digits.train_labels[:200]
+
+    def watch(model, v, log_q, y):
+        if model.training:
+            seen.append((v + 1) * 128 - x - 0.5)
+        return inside(model, v, log_q, y)
+
+    monkeypatch.setattr(flow, "log_likelihood", watch)
+    monkeypatch.setattr(flow.Run, "batch", lambda run, data: (x, y))
+    flow.main([*TINY, *"--noise 0.1 --steps 2 --save-every 100 --coupling affine --out".split(), str(tmp_path / "run")])
+    first, second = (r.flatten() for r in seen)
+    std = math.sqrt(12.8**2 + 1 / 12)
+    assert first.std().item() == pytest.approx(std, rel=0.03)
+    assert first.abs().mean().item() == pytest.approx(std * math.sqrt(2 / math.pi), rel=0.03)
+    for other in (second, x.flatten().float()):
+        assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1].item()) < 5 / len(first) ** 0.5
 
 
 @pytest.mark.parametrize("arch", ["tarflow", "glow"])

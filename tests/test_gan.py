@@ -101,6 +101,7 @@ def test_losses_in_closed_form():
     real, fake = torch.randn(2, 7, dtype=torch.float64)
     p, q = torch.sigmoid(real), torch.sigmoid(fake)
     assert_close(gan.LOSS_D["minimax"](real, fake), -torch.log(p) - torch.log(1 - q))  # GAN eq. 1
+    assert_close(gan.LOSS_D["nonsaturating"](real, fake), -torch.log(p) - torch.log(1 - q))  # D is that of GAN eq. 1
     assert_close(gan.LOSS_G["minimax"](real, fake), torch.log(1 - q))
     assert_close(gan.LOSS_G["nonsaturating"](real, fake), -torch.log(q))
     assert_close(gan.LOSS_D["relativistic"](real, fake), -torch.log(torch.sigmoid(real - fake)))  # R3GAN eq. 2
@@ -140,6 +141,45 @@ def test_the_total_is_its_terms():
     plain, t = loss_d(G, D, real, y, z, 10, gan.choose(Config(loss="hinge"), 8, 8))
     assert "r1" not in t and "r2" not in t
     assert_close(plain, (1 - t["d_real"]).relu() + (1 + t["d_fake"]).relu())
+
+
+def softplus(x):
+    return torch.log(1 + torch.exp(x))
+
+
+PLAYERS = {  # what D and G minimise, from scores of real and of fake images
+    "relativistic": (lambda r, f: softplus(f - r), lambda r, f: softplus(r - f)),
+    "nonsaturating": (lambda r, f: softplus(-r) + softplus(f), lambda r, f: softplus(-f)),
+    "minimax": (lambda r, f: softplus(-r) + softplus(f), lambda r, f: -softplus(f)),
+    "hinge": (lambda r, f: (1 - r).clamp(min=0) + (1 + f).clamp(min=0), lambda r, f: -f),
+    "wgan-gp": (lambda r, f: f - r, lambda r, f: -f)}
+
+
+@every_loss
+def test_what_both_players_minimise(loss):
+    """In the scores of their own batch, with every penalty that is asked for; at what sign is seen in the gradients, too."""
+    G, D, cfg = build(loss=loss, r1=0.3, r2=0.2, anneal=5)
+    real, y, z = batch()
+    of_d, of_g = PLAYERS[loss]
+    s_real, s_fake = D(real, y), D(G(z, y).detach(), y)
+    torch.manual_seed(1)
+    total, terms = loss_d(G, D, real, y, z, 3, cfg)
+    weight = 1 + 9 * math.exp(-3 / 5)
+    want = of_d(s_real, s_fake) + weight * (0.3 * terms["r1"] + 0.2 * terms["r2"]) / 2
+    if loss == "wgan-gp":
+        torch.manual_seed(1)
+        want = want + 10 * wgan_penalty(D, real, G(z, y).detach(), y)
+    assert_close(total, want)
+    at = real.clone().requires_grad_()
+    assert_close(terms["r1"], torch.autograd.grad(D(at, y).sum(), at)[0].square().sum((1, 2, 3)))
+    assert_close(terms["gap"], s_real - s_fake)
+    found = loss_g(G, D, real, y, z, cfg)
+    assert_close(found, of_g(D(real, y), D(G(z, y), y)))
+    # G is better off where D scores its images higher, D where it scores real ones higher and fake ones lower
+    r, f = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    (up,) = torch.autograd.grad(gan.LOSS_G[loss](r, f).sum(), f)
+    to_real, to_fake = torch.autograd.grad(gan.LOSS_D[loss](0.1 * r, 0.1 * f).sum(), (r, f))
+    assert (up < 0).all() and (to_real < 0).all() and (to_fake > 0).all()
 
 
 # ---- small games whose outcome is known
@@ -268,6 +308,79 @@ def test_evaluation_is_of_all_classes(digits, tmp_path):
     whole = final(tmp_path / "run")
     gan.main([*TINY, *out, "--mode", "eval", "--label", "2"])
     assert {k: v for k, v in final(tmp_path / "run").items() if "test" in k} == {k: v for k, v in whole.items() if "test" in k}
+
+
+def test_the_temperature_of_samples_and_interpolations(digits, tmp_path):
+    """At 0.5 they are the images of half the noise."""
+    gan.main([*TINY, "--out", str(tmp_path / "run"), "--lr", "0.02", "--warmup", "0"])
+    G, _, cfg = gan.load(tmp_path / "run")
+    run, y = SimpleNamespace(device="cpu", labels=lambda n: torch.arange(n) % 10), torch.arange(12) % 10
+    cfg.temperature = 0.5
+    z = torch.randn(12, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
+    want = gan.to_uint8(sample(G, 0.5 * z, y))
+    assert torch.equal(gan.generate(G, y, cfg, run), want) and not torch.equal(want, gan.to_uint8(sample(G, z, y)))
+    ends = torch.randn(2, 10, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
+    first = gan.interpolations(G, cfg, run)[::10]
+    assert torch.equal(first, gan.to_uint8(sample(G, 0.5 * ends[0], run.labels(10))))
+
+
+def test_what_is_measured_is_of_the_right_images(digits, tmp_path):
+    """Against the definitions: samples of all classes in turn with the noise of --seed, as many as there are test images,
+    and D's scores of train and test images under their labels."""
+    out = tmp_path / "run"
+    gan.main([*TINY, "--out", str(out), "--seed", "5"])
+    G, D, cfg = gan.load(out)
+    y, found = torch.arange(8), final(out)
+    fake = gan.to_uint8(sample(G, torch.randn(8, cfg.z_dim, generator=torch.Generator().manual_seed(5)), y)) / 127.5 - 1
+    train, test = digits.train[:8] / 127.5 - 1, digits.test / 127.5 - 1
+    want = {"d_train": D(train, digits.train_labels[:8]).mean(), "d_test": D(test, digits.test_labels).mean(),
+            "d_fake": D(fake, y).mean(), "diversity": diversity(fake + 1) / diversity(test + 1),
+            "feature_diversity": diversity(D.features(fake)) / diversity(D.features(test))}
+    assert {name: found[f"test_{name}"] for name in want} == pytest.approx({k: float(v) for k, v in want.items()}, rel=1e-4)
+
+
+def test_the_detector_looks_at_the_average_beside_images_of_training(digits, tmp_path, monkeypatch):
+    """At 64 images each: samples of all classes in turn from fixed noise. What it finds is in the log of its step. At step 2
+    the average is what a run of two steps saves."""
+    seen, inside = [], gan.relative_diversity
+
+    def watch(D, fake, real):
+        seen.append((fake, real, inside(D, fake, real)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(gan, "relative_diversity", watch)
+    out = tmp_path / "run"
+    flags = [*TINY, *"--seed 5 --log-every 2 --lr 0.02 --warmup 0 --ema 0.5".split()]
+    gan.main([*flags, "--steps", "2", "--out", str(tmp_path / "two")])
+    seen.clear()
+    gan.main([*flags, "--out", str(out)])
+    z = torch.randn(64, Config(**tiny.load_checkpoint(out)["config"]).z_dim, generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(5)
+    begin = gan.build((1, 8, 8), 10, Config(**tiny.load_checkpoint(out)["config"]))[0]
+    assert_close(seen[0][0], sample(begin, z, torch.arange(64) % 10))
+    for _, real, _ in seen[:2]:
+        assert torch.equal(real, digits.train[:64] / 127.5 - 1)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][:-1]
+    assert len(seen) == 3 and len(lines) == 2  # of steps 0 and 2, and of the test split
+    assert_close(seen[1][0], sample(gan.load(tmp_path / "two")[0], z, torch.arange(64) % 10))
+    for line, (*_, shares) in zip(lines, seen, strict=False):
+        assert {name: line[name] for name in shares} == pytest.approx(shares)
+
+
+def test_each_network_steps_on_noise_of_its_own(digits, tmp_path, monkeypatch):
+    """D and G see other noise, other at each step, and the same real images and labels. G's step asks for no gradient of D."""
+    seen = []
+    for name, function in (("loss_d", loss_d), ("loss_g", loss_g)):
+        def watch(G, D, real, y, z, *args, inside=function):
+            seen.append((real, y, z))
+            assert all(p.requires_grad == (inside is loss_d) for p in D.parameters())
+            return inside(G, D, real, y, z, *args)
+        monkeypatch.setattr(gan, name, watch)
+    gan.main([*TINY, "--out", str(tmp_path / "run")])
+    assert len(seen) == 8 and len({z.numpy().tobytes() for *_, z in seen}) == 8
+    for (real, y, _), (again, label, _) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(real, again) and torch.equal(y, label)
+    assert torch.cat([z for *_, z in seen]).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_the_averaged_generator_is_never_trained(digits, tmp_path):

@@ -308,6 +308,47 @@ def test_free_nats_cost_nothing():
     assert grads[1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_free_nats_between_the_levels(weight):
+    """A level whose mean KL over the batch lies below them costs the free nats, one above costs its KL."""
+    model, cfg = build("levels")
+    x = images(6)
+    log_px, kls = seeded(elbo_terms, model, x, cfg)
+    low, middle, high = kls.mean(1).sort().values
+    assert (kls.min(1).values < kls.max(1).values).all()
+    for free in ((low + middle) / 2, (middle + high) / 2):
+        cfg.free_nats = free.item()
+        paid = sum(max(kl, free) for kl in kls.mean(1))
+        assert_close(seeded(vae.loss, model, x, cfg, weight)[0], weight * paid - log_px.mean())
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flow", "vamp"])
+@pytest.mark.parametrize("temperature", [0.5, 0.3])
+def test_temperature_is_a_factor_on_deviations(prior, temperature, monkeypatch):
+    """Of noise before the flow prior, of each component of the VampPrior, and of the levels below the top."""
+    model, cfg = build(prior=prior, levels=3)
+
+    def noise_of(z):
+        for step in model.flow:
+            z, _ = step(z)
+        return z
+
+    model.float()  # as it samples
+    cold, hot, mean = (noise_of(seeded(vae.sample_prior, model, 500, t)) for t in (temperature, 1.0, 0.0))
+    assert_close(cold - mean, temperature * (hot - mean), rtol=1e-4, atol=1e-4)
+    assert (hot - mean).std() > 0.1 and (mean.std() > 0.01) == (prior == "vamp")
+    seen = []
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, t=1.0: seen.append(t) or mu)
+    cfg.temperature = temperature
+    vae.sample(model, 4, cfg)
+    assert seen == [temperature] * (3 if prior == "vamp" else 2)  # the two levels below the top, and a component
+    monkeypatch.undo()
+    mu, logvar = torch.randn(2, 4000)
+    drawn = seeded(vae.draw, mu, logvar, temperature)
+    assert_close(drawn - mu, temperature * (seeded(vae.draw, mu, logvar) - mu))
+    assert ((drawn - mu) / torch.exp(logvar / 2)).std().item() == pytest.approx(temperature, rel=0.05)
+
+
 # ---- priors and posteriors
 
 
@@ -425,7 +466,7 @@ def test_what_is_printed_is_measured(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
     monkeypatch.setattr(vae, "at_once", lambda shape: 3)  # the last batch is a short one
     out = tmp_path / "run"
-    vae.main([*TINY, "--out", str(out), "--levels", "2"])
+    vae.main([*TINY, *"--levels 2 --seed 5 --beta 0.5 --free-nats 3 --kl-warmup 0 --out".split(), str(out)])
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     cfg = vae.choose(Config(**saved["config"]), 8, 8)
     model = VAE(1, 8, 8, cfg).eval()
@@ -435,11 +476,88 @@ def test_what_is_printed_is_measured(digits, tmp_path, capsys, monkeypatch):
         log_px, kls = elbo_terms(model, x, cfg)
         found = final(out)
         assert found["test_neg_elbo"] == pytest.approx((kls.sum(0) - log_px).mean().item(), rel=1e-5)
-        assert found["test_kl_2"] == pytest.approx(kls[0].mean().item(), abs=1e-5)
+        assert found["test_reconstruction"] == pytest.approx(-log_px.mean().item(), rel=1e-5)
+        for level in (1, 2):
+            assert found[f"test_kl_{level}"] == pytest.approx(kls[2 - level].mean().item(), abs=1e-5)
+            shift = infer(model, model.encode(vae.scale(model, x)))[1][2 - level].shift.flatten(1)
+            active = (shift.double().var(0, correction=0) > 0.01).double().mean().item()
+            assert found[f"test_active_{level}"] == pytest.approx(active)
+        assert found["test_bpd"] == pytest.approx(found["test_neg_iw_2"] / 64 / math.log(2))
         assert found["test_neg_iw_1"] == pytest.approx(-log_weights(model, x, 1, cfg).mean().item(), rel=1e-5)
         assert found["test_neg_iw_1"] == pytest.approx(found["test_neg_iw_2"], rel=1e-6)  # all draws are the same
     printed = capsys.readouterr().out
     assert f"{found['test_neg_iw_2']:.3f} nats" in printed and "k = 2" in printed and "8 test images" in printed
+
+
+def test_each_step_binarises_anew(digits, tmp_path, monkeypatch):
+    """Every step sees the same images here, and no two steps the same binary ones; their mean is that of the images."""
+    seen, loss = [], vae.loss
+    monkeypatch.setattr(vae, "loss", lambda model, x, *rest: seen.append(x) or loss(model, x, *rest))
+    monkeypatch.setattr(vae.Run, "batch", lambda run, data: (data.train[:400], data.train_labels[:400]))
+    vae.main([*TINY, "--out", str(tmp_path / "run")])
+    assert len(seen) == 4 and not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert all(x.dtype == torch.int64 and set(x.unique().tolist()) == {0, 1} for x in seen)
+    means, levels = torch.stack(seen).double().mean((0, 2, 3, 4)), digits.train[:400].double().mean((1, 2, 3)) / 255
+    assert (means - levels).abs().max() < 0.15 and (means - levels).mean().abs() < 0.005
+
+
+def test_the_bounds_are_of_all_importance_samples(digits, tmp_path, monkeypatch):
+    """13 of them an image, drawn a few at a time: the bounds for 1, 10 and 13, on a split whose last batch is a short one."""
+    drawn = {}
+
+    def draw(model, x, k, cfg, e):
+        log_w = 3 * torch.randn(len(x), k)
+        drawn.setdefault(x.numpy().tobytes(), []).append(log_w.double())
+        return log_w
+
+    monkeypatch.setattr(vae, "log_weights", draw)
+    monkeypatch.setattr(vae, "at_once", lambda shape: 3)
+    out = tmp_path / "run"
+    vae.main([*TINY, "--out", str(out), "--iw-samples", "13", "--save-every", "100"])
+    log_w = torch.cat([torch.cat(parts, 1)[:, :13] for parts in drawn.values()])
+    assert log_w.shape == (8, 13)
+    for k in (1, 10, 13):
+        groups = torch.stack([log_w[:, i:i + k].exp().mean(1).log() for i in range(0, 14 - k, k)])
+        assert final(out)[f"test_neg_iw_{k}"] == pytest.approx(-groups.mean().item(), rel=1e-6)
+    assert {name for name in final(out) if "neg_iw" in name} == {f"test_neg_iw_{k}" for k in (1, 10, 13)}
+
+
+def test_the_weight_of_the_kl_rises_to_beta(digits, tmp_path, monkeypatch):
+    """In --kl-warmup steps; each step logs the KL of its levels under their names, the top one being the last."""
+    seen, loss = [], vae.loss
+
+    def watch(model, x, cfg, kl_weight):
+        result = loss(model, x, cfg, kl_weight)
+        seen.append((kl_weight, *result))
+        return result
+
+    monkeypatch.setattr(vae, "loss", watch)
+    vae.main([*TINY, "--out", str(tmp_path / "run"), "--levels", "3", "--beta", "0.4", "--kl-warmup", "2", "--free-nats", "2"])
+    assert [weight for weight, *_ in seen] == pytest.approx([0.4 / 3, 0.8 / 3, 0.4, 0.4])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line, (_, value, log_px, kls) in zip(lines[:-1], seen, strict=True):
+        assert line["loss"] == pytest.approx(value.item() / 64)
+        assert line["elbo"] == pytest.approx((log_px - kls.sum(0)).mean().item(), rel=1e-5)
+        assert [line[f"kl_{level}"] for level in (3, 2, 1)] == pytest.approx(kls.mean(1).tolist(), rel=1e-4)
+
+
+def test_reconstructions_and_interpolations_are_of_the_test_images(digits, tmp_path, monkeypatch):
+    """Pairs of a test image, binarised with seed 0 whatever --seed is, and the mean of p(x | z); rows that begin at the z_L
+    of an image and end at that of the one before it."""
+    grids = {}
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
+    monkeypatch.setattr(vae, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
+    vae.main([*TINY, "--out", str(tmp_path / "run"), "--seed", "5"])
+    model, cfg = vae.load(tmp_path / "run")
+    x = (torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test).long()
+    params, draws = infer(model, model.encode(vae.scale(model, x)))
+    pairs = grids["reconstructions.png"].unflatten(0, (-1, 2))
+    assert torch.equal(pairs[:, 0], 255 * x.byte())
+    assert torch.equal(pairs[:, 1], (255 * torch.sigmoid(params[:, :, 0])).round().byte())
+    rows = grids["interpolations.png"].unflatten(0, (-1, 10)).int()
+    for column, z in ((0, draws[0].z), (9, draws[0].z.roll(1, 0)), (3, draws[0].z * 2 / 3 + draws[0].z.roll(1, 0) / 3)):
+        want = (255 * torch.sigmoid(model.decode(z)[:, :, 0])).round().int()
+        assert (rows[:, column] - want).abs().max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "all", "vamp"])

@@ -278,6 +278,30 @@ def test_temperature_and_top_p():
     assert torch.equal(vqgan.probabilities(many, Config()) > 0, torch.softmax(many, 1) > 0)
 
 
+@pytest.mark.parametrize("fields", [{"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 0.5, "top_p": 0.6}], ids=str)
+def test_samples_follow_temperature_and_top_p(fields):
+    """Each code is the one that its noise asks of the distribution raised to 1 / temperature, without its tail."""
+    _, _, prior, cfg = build(**fields)
+    noise, y = torch.rand(3, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
+    x = sample(prior, y, noise, cfg)
+    p = torch.softmax(prior(x, y), 2) ** (1 / fields.get("temperature", 1))
+    p = p / p.sum(2, keepdim=True)
+    for b, t in itertools.product(range(3), range(16)):
+        ranked = sorted(range(12), key=lambda k, b=b, t=t: -p[b, t, k])
+        kept, total = [], 0
+        for k in ranked:
+            if total < fields.get("top_p", 1) or not kept:
+                kept.append(k)
+            total += p[b, t, k]
+        u, below = noise[b, t // 4, t % 4] * p[b, t, kept].sum(), 0
+        for k in sorted(kept):
+            below += p[b, t, k]
+            if u < below:
+                break
+        assert x[b, t // 4, t % 4] == k
+    assert not torch.equal(x, sample(prior, y, noise, config()))
+
+
 # ---- the script
 
 TINY = [*tiny.TINY["vqgan"].split(), *"--steps 4 --batch-size 16 --num-samples 4 --log-every 1 --save-every 3".split()]
@@ -307,6 +331,50 @@ def test_every_option_runs(digits, tmp_path, flags):
     assert all(math.isfinite(final(out)[name]) for name in names)
 
 
+@pytest.mark.parametrize("flags", ["", "--no-labels --quantizer fsq"])
+def test_what_is_measured_on_the_test_images(digits, tmp_path, monkeypatch, flags):
+    """The figures by their definitions, of the averaged networks, in batches of 3 of which the last is short; use and
+    perplexity are those of the codes of all images of training together."""
+    monkeypatch.setattr(vqgan, "load_data", lambda *args: digits._replace(train=digits.train[:50],
+                                                                         train_labels=digits.train_labels[:50]))
+    monkeypatch.setattr(vqgan, "at_once", lambda shape: 3)
+    out = tmp_path / "run"
+    vqgan.main([*TINY, "--out", str(out), "--stage1", "2", "--seed", "5", *flags.split()])
+    model, prior, cfg = vqgan.load(out)
+    found = final(out)
+    x_hat = vqgan.to_uint8(model(digits.test / 127.5 - 1)[0])
+    written = np.load(out / "reconstructions.npz")
+    assert np.array_equal(written["images"], x_hat.permute(0, 2, 3, 1).numpy())
+    assert written["labels"].tolist() == ([0] * 8 if "--no-labels" in flags else digits.test_labels.tolist())
+    error = (digits.test.double() - x_hat.double()) / 255
+    assert found["test_l1"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
+    assert found["test_mse"] == pytest.approx((error**2).mean().item(), rel=1e-5)
+    assert found["test_psnr"] == pytest.approx(-10 * math.log10((error**2).mean().item()), rel=1e-5)
+    codes = model(digits.train[:50] / 127.5 - 1)[1].flatten()
+    count = np.bincount(codes.numpy(), minlength=cfg.n_codes)
+    p = count[count > 0] / count.sum()
+    assert found["usage"] == pytest.approx((count > 0).mean()) and found["perplexity"] == pytest.approx(
+        math.exp(-(p * np.log(p)).sum()), rel=1e-5)
+    of_three = model(digits.train[:3] / 127.5 - 1)[1]
+    assert len(of_three.unique()) < (count > 0).sum()  # a batch alone uses fewer
+    indices = model(digits.test / 127.5 - 1)[1]
+    y = torch.zeros(8, dtype=torch.long) if "--no-labels" in flags else digits.test_labels
+    bits = nll(prior, indices, y).double().sum().item() / (8 * 16) / math.log(2)
+    assert found["test_bits_per_code"] == pytest.approx(bits, rel=1e-5) and found["codes_per_image"] == 16
+
+
+def test_grids_of_stage_1_are_pairs_of_test_images_and_reconstructions(digits, tmp_path, monkeypatch):
+    """By the averaged autoencoder."""
+    grids = {}
+    monkeypatch.setattr(vqgan, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
+    vqgan.main([*TINY, "--out", str(tmp_path / "run"), "--stage1", "9", "--save-every", "4"])
+    model, _, _ = vqgan.load(tmp_path / "run")
+    pairs = grids["step_000004.png"].unflatten(0, (-1, 2))
+    assert torch.equal(pairs[:, 0], digits.test)
+    assert torch.equal(pairs[:, 1], vqgan.to_uint8(model(digits.test / 127.5 - 1)[0]))
+    assert torch.equal(grids["reconstructions.png"], grids["step_000004.png"])
+
+
 def test_larger_samples_wait_for_the_end(digits, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(vqgan, "save_grid", lambda images, path, *args, **kw: shown.update({path.name: images.shape[2:]}))
@@ -324,6 +392,27 @@ def test_the_discriminator_starts_when_it_says(digits, tmp_path):
         assert [("adversarial" in line, "loss_d" in line) for line in lines] == [(step >= start,) * 2 for step in range(4)]
         state = tiny.load_checkpoint(out)["optimizer_d"]["state"]
         assert bool(state) == moved
+
+
+def test_the_autoencoders_step_asks_for_no_gradient_of_the_discriminator(digits, tmp_path, monkeypatch):
+    """That of the discriminator does, and sees the image and the reconstruction of the same step."""
+    seen = []
+
+    def autoencoder(model, D, x, step, cfg):
+        assert not any(p.requires_grad for p in D.parameters())
+        result = loss_autoencoder(model, D, x, step, cfg)
+        seen.append((x, result[2]))
+        return result
+
+    def discriminator(D, x, x_hat, inside=vqgan.loss_discriminator):
+        assert all(p.requires_grad for p in D.parameters())
+        assert x is seen[-1][0] and x_hat is seen[-1][1]
+        return inside(D, x, x_hat)
+
+    monkeypatch.setattr(vqgan, "loss_autoencoder", autoencoder)
+    monkeypatch.setattr(vqgan, "loss_discriminator", discriminator)
+    vqgan.main([*TINY, "--out", str(tmp_path / "run"), "--stage1", "9", "--disc-start", "2"])
+    assert len(seen) == 4
 
 
 def test_each_stage_trains_its_own_network(digits, tmp_path):

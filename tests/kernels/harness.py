@@ -168,30 +168,3 @@ def compilations(module, monkeypatch):
 
 def nbytes(*x):
     return sum(a.numel() * a.element_size() for a in x)
-
-
-@contextlib.contextmanager
-def compilations(module, monkeypatch):
-    """The set of different compilations that the launches of a module's kernels ask for: what triton's cache is keyed by."""
-    keys = set()
-    original = module.launch
-
-    def kind(a):
-        if isinstance(a, torch.Tensor):
-            return str(a.dtype), a.data_ptr() % 16 == 0
-        if isinstance(a, bool) or not isinstance(a, int):
-            return type(a).__name__
-        return 1 if a == 1 else ("i64" if a >= 2**31 else "i32", a % 16 == 0)
-
-    def counted(kernel, programs, *args, **named):
-        function = getattr(kernel, "fn", kernel)
-        names = list(inspect.signature(function).parameters)
-        values = dict(zip(names, args, strict=False)) | named
-        constants = {name for name, p in inspect.signature(function).parameters.items() if "constexpr" in str(p.annotation)}
-        key = [(name, repr(a) if name in constants or name not in names else kind(a)) for name, a in sorted(values.items())]
-        keys.add((function.__name__, tuple(key)))
-        return original(kernel, programs, *args, **named)
-
-    monkeypatch.setattr(module, "launch", counted)
-    yield keys
-    monkeypatch.setattr(module, "launch", original)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from . import FLOATS, Spec, acc_type, accumulator, jit, launch, operator, tl, triton, use_triton
 
-TILE = 512  # mixtures times positions that a program of the forward kernel has
+TILE = 512  # mixtures times positions that a program of the forward kernel has; a quarter in float64
 CHUNK = 1 << 17  # mixtures times channels times positions that a thread of the plain form has at once, to stay in cache
 LOG_HALF_BIN = -math.log(255)
 
@@ -284,10 +284,11 @@ def _mixtures(K, C):
     return K // (3 if C == 1 else 10)
 
 
-def _blocks(M):
+def _blocks(M, acc):
     """BLOCK_M and BLOCK_P of the forward kernel, such that it does not spill (AOT_MORE compiles it)."""
     block_m = triton.next_power_of_2(M)
-    return {"BLOCK_M": block_m, "BLOCK_P": max(TILE // block_m, 8)}
+    tile = TILE // 4 if acc == torch.float64 else TILE
+    return {"BLOCK_M": block_m, "BLOCK_P": max(tile // block_m, 1)}
 
 
 def _fake_fwd(x, params, gradient):
@@ -309,7 +310,7 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.T
     B, C, H, W = x.shape
     params, sizes = _dense(params)
     M = _mixtures(params.shape[1], C)
-    blocks = _blocks(M)
+    blocks = _blocks(M, accumulator(params))
     ll = params.new_empty(B, H, W, dtype=accumulator(params))
     grad = torch.empty_like(params) if gradient else params.new_empty(0)
     launch(_logistic_fwd_kernel, B * triton.cdiv(H * W, blocks["BLOCK_P"]), x.contiguous(), params, ll, grad, *sizes, C=C, M=M,
@@ -366,7 +367,7 @@ def _spec(kernel, dtype, registers=255, C=1, channels_last=False, vector=False, 
     args |= {"stride_c": 1, "stride_p": "i32"} if channels_last else {"stride_c": "i32:16", "stride_p": 1}
     args |= {"K": "i32", "M": M, "P": "i32:16", "C": C, "GRADIENT": True}
     args |= {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "BLOCK_K": 16}
-    args |= _blocks(M) if "fwd" in kernel else {"BLOCK_P": TILE // 16}
+    args |= _blocks(M, torch.float64 if dtype == "fp64" else torch.float32) if "fwd" in kernel else {"BLOCK_P": TILE // 16}
     args |= more
     name = f"{dtype}, C = {C}, {'channels_last' if channels_last else 'contiguous'}"
     name += f", {M} mixtures" * (M != 10) + ", rows of any length" * ("P" in more) + ", no gradient" * ("GRADIENT" in more)
@@ -389,6 +390,7 @@ AOT_MORE = [] if triton is None else [  # what a launch may choose besides, up t
     *(_spec(_FWD, t, C=C, channels_last=last, M=M)
       for M in (1, 5, 32, 64) for C in (1, 3) for last in (False, True) for t in ("fp32", "bf16")),
     *(_spec(_FWD, t, C=3, channels_last=last) for last in (False, True) for t in ("fp16", "fp64")),
+    *(_spec(_FWD, "fp64", C=3, M=64, channels_last=last) for last in (False, True)),
     *(_spec(_FWD, t, C=3, P="i32", stride_c="i32") for t in ("fp32", "bf16")),
     *(_spec(_FWD, t, C=3, GRADIENT=False) for t in ("fp32", "bf16")),
     *(_spec(_BWD, t, P="i32", stride_c="i32") for t in ("fp32", "bf16", "fp64")),

@@ -5,18 +5,23 @@ is hard: levels collapse, and deep chains hardly train. The remedy shown here is
 fixed to a Gaussian Markov chain. Each level's KL is then a squared error, one network learns it for
 all levels at once, and the number of levels may go to infinity.
 
+A chain asks its network many times for one image. The remedy for that is consistency tuning: the
+trained network learns to give the end of the chain from any point of it, in one or two evaluations.
+
 Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v
-(Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022), flow matching (Lipman 2023), and
-logit-normal t (Esser 2024).
+(Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022), flow matching (Lipman 2023), consistency
+models (Song 2023) and tuning (Geng 2024), and logit-normal t (Esser 2024).
   q(x_t | x), all schedules ........... SCHEDULES, q_sample   DDPM eq. 4, flow matching eq. 20
   what the network predicts ........... TARGETS, denoise      Salimans sec. 4 and app. D
   training loss ....................... METHODS, loss         DDPM eq. 14
   DDPM, DDIM, DPM-Solver++(2M), Heun .. sample                DDPM eq. 7, DDIM eq. 12, DPM alg. 2
+  consistency tuning .................. consistency_loss      Song 2023 alg. 2, Geng 2024
   evidence lower bound, three terms ... elbo                  VDM eqs. 11 and 17
 
   python diffusion.py                                         # digits, needs no network
   python diffusion.py --dataset mnist --minutes 10            # MNIST on two CPU cores
   python diffusion.py --dataset mnist --mode sample --num-samples 1000 --guidance 2 --label 7
+  python diffusion.py --dataset mnist --minutes 5 --consistency --init runs/diffusion-mnist --out runs/fast
 Result on two CPU cores (Zen 3): digits in 88 s, 1.85 bits/dim; MNIST in 10 minutes, 1.29 bits/dim
 and a Frechet distance of 0.137 (10,000 samples, tools/evaluate.py), where real images have 0.037.
 """
@@ -64,12 +69,13 @@ class Config:
     labels: bool = True  # condition on the class
     label_dropout: float = 0.1  # share of labels that are hidden in training, for guidance (0 to 1)
     dropout: float = 0.0  # rate of dropout in the residual blocks (0 to 1)
+    consistency: bool = False  # tune the network of --init to give the end of its chain, guided, in one evaluation
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
     # evaluation and sampling, free to change on a trained model
     decoder_logsnr: float = 6.0  # log SNR at which elbo ends the chain of latents and begins the decoder (0 to 14)
     elbo_samples: int = 8  # values of t that elbo draws for each image (1 to 10000)
-    sampler: Literal["ddim", "ddpm", "dpm++", "heun"] = "dpm++"  # update rule of the chain
-    nfe: int = 20  # network evaluations a sample; guidance other than 0 and 1 takes two at a time (1 to 10000)
+    sampler: Literal["auto", "ddim", "ddpm", "dpm++", "heun", "consistency"] = "auto"  # auto: dpm++, tuned consistency
+    nfe: int | None = None  # network evaluations, by default 20, tuned 2; guidance takes two at a time (1 to 10000)
     guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     inpaint: str | None = None  # complete test images; given is their left, right, top or bottom, or the white of a mask image
@@ -153,6 +159,7 @@ METHODS = {  # Ho 2020 (L_simple), Nichol 2021, Salimans 2022, Lipman 2023 with 
 # ninth of the distance between two of the 256 pixel values. Sampling goes to t = 0; elbo ends at --decoder-logsnr.
 MIN_LOGSNR = -10.0
 MAX_LOGSNR = 14.0
+HUBER = 0.03  # consistency_loss is a squared distance below this one (of a pixel in [-1,1]), and the distance itself above
 
 
 def time_of(logsnr, cfg):
@@ -217,6 +224,25 @@ def move(x_t, d, here, there, tau=0.0):
     return keep * x_t + (there.alpha - here.alpha * keep) * d  # DDIM eq. 12
 
 
+def consistency_loss(model, teacher, x, y, cfg, gap):
+    """The network's x_hat at t must be what it says at the earlier r = t - gap of the same chain. x in [-1,1] -> (B,).
+
+    One guided step of the teacher, the network before it was tuned, leads from x_t to x_r. Near t = 0 x_hat is x_t itself,
+    so what is right there spreads to all t, and x_hat becomes the end of the teacher's chain: Song 2023 alg. 2.
+    """
+    low, high = time_of([MAX_LOGSNR, MIN_LOGSNR], cfg).tolist()
+    t = low + (high - low) * torch.rand_like(x[:, 0, 0, 0])
+    r = (t - gap).clamp(min=low)
+    x_t = q_sample(x, t, torch.randn_like(x), cfg)
+    with torch.no_grad():
+        d, _ = denoise(teacher, x_t, t, y, cfg, cfg.guidance)
+        x_r = move(x_t, d, level_at(t, cfg, x), level_at(r, cfg, x))
+        target, _ = denoise(model, x_r, r, y, cfg)
+    x_hat, _ = denoise(model, x_t, t, y, cfg)
+    square = ((x_hat - target.clamp(-1, 1)) ** 2).mean((1, 2, 3))
+    return ((square + HUBER**2).sqrt() - HUBER) / t  # Geng 2024 sec. 3: a pseudo-Huber distance, a weight that falls with t
+
+
 @torch.no_grad()
 def sample(model, x, y, cfg, generator=None, after_step=None):
     """Run the chain from noise to data: x (B,C,H,W), N(0, 1) noise -> (B,C,H,W) in [-1,1].
@@ -226,10 +252,12 @@ def sample(model, x, y, cfg, generator=None, after_step=None):
       ddpm   d = x_hat(t)                                        tau^2 = variance of q(x_t_next | x_t, x)
       dpm++  d = x_hat(t), extrapolated from the step before     tau = 0
       heun   d = mean of x_hat(t) and x_hat(t_next)              tau = 0
+      consistency  d = x_hat(t) of a tuned network               tau = sigma of t_next: all noise is fresh
     The last step goes to t = 0. There sigma = 0, so the chain ends in x_hat itself, and no sampler corrects it.
     after_step(x_t, t) -> x_t may change the latent after each step (inpainting).
     """
-    per_time = 1 if y is None or cfg.guidance in (0, 1) else 2  # guidance asks the network twice
+    guidance = 1.0 if cfg.sampler == "consistency" else cfg.guidance  # a tuned network is guided already
+    per_time = 1 if y is None or guidance in (0, 1) else 2  # guidance asks the network twice
     n = max(cfg.nfe // per_time, 1)
     if cfg.sampler == "heun":
         n = (n + 1) // 2  # two evaluations a step, one in the last
@@ -238,7 +266,7 @@ def sample(model, x, y, cfg, generator=None, after_step=None):
     x = levels[0].sigma * x
 
     def x_hat(x_t, t):
-        return denoise(model, x_t, t.expand(len(x_t)), y, cfg, cfg.guidance)[0].clamp(-1, 1)  # no pixel lies outside
+        return denoise(model, x_t, t.expand(len(x_t)), y, cfg, guidance)[0].clamp(-1, 1)  # no pixel lies outside
 
     last_d = last_h = None  # of the step before
     for i in range(n):
@@ -249,6 +277,8 @@ def sample(model, x, y, cfg, generator=None, after_step=None):
         if cfg.sampler == "ddpm":
             ratio = here.alpha * there.sigma / (there.alpha * here.sigma)
             tau = there.sigma * max(1 - ratio**2, 0) ** 0.5  # DDPM eq. 7; rounding may go below 0
+        elif cfg.sampler == "consistency":  # Song 2023 alg. 1
+            tau = there.sigma
         elif cfg.sampler == "dpm++" and t_next > 0:  # DPM-Solver++ alg. 2
             h = math.log(there.alpha * here.sigma / (there.sigma * here.alpha))  # the paper's lambda is half of ours
             first_order = d
@@ -439,6 +469,7 @@ def train(data, cfg, run):
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     net = torch.compile(model) if cfg.compile else model
+    teacher = load(cfg.init, run.device)[0] if cfg.consistency else None
     model.train()
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)[0]):
         x, y = run.batch(data)
@@ -447,7 +478,11 @@ def train(data, cfg, run):
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
         optimizer.param_groups[0]["lr"] = lr
         with run.autocast():
-            batch_loss = loss(net, x / 127.5 - 1, y, cfg).mean()
+            if cfg.consistency:
+                gap = 1 / (4 + 4 * min(step / 2000, 1))  # a quarter of the chain at first, an eighth in the end
+                batch_loss = consistency_loss(net, teacher, x / 127.5 - 1, y, cfg, gap).mean()
+            else:
+                batch_loss = loss(net, x / 127.5 - 1, y, cfg).mean()
         norm = run.update(batch_loss, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
         run.log(loss=batch_loss, grad_norm=norm, lr=lr)
@@ -1111,10 +1146,16 @@ class Run:
 
 
 def choose(cfg):
-    """Write the method's entries into the fields that are left at auto."""
+    """Write what the method, and tuning, decide into the fields that are left open."""
+    if cfg.consistency and not cfg.init:
+        fail("--consistency: tunes a trained network; --init FOLDER names its run")
     for field, value in METHODS[cfg.method].items():
         if getattr(cfg, field) == "auto":
             setattr(cfg, field, value)
+    if cfg.sampler == "auto":
+        cfg.sampler = "consistency" if cfg.consistency else "dpm++"
+    if cfg.nfe is None:
+        cfg.nfe = 2 if cfg.consistency else 20
     return cfg
 
 

@@ -142,7 +142,7 @@ def test_training_times(method):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("predict", TARGETS)
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun", "consistency"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_samplers_recover_an_oracle(schedule, predict, sampler, steps):
     cfg = config(schedule=schedule, predict=predict, sampler=sampler, nfe=steps)
@@ -285,7 +285,7 @@ def test_guidance():
     assert_close(unguided, sample(net, x, none, cfg))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun", "consistency"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
 def test_nfe_counts_network_evaluations(sampler, guidance):
     calls = []
@@ -301,8 +301,79 @@ def test_nfe_counts_network_evaluations(sampler, guidance):
         calls.clear()
         cfg = config(sampler=sampler, nfe=steps, guidance=guidance)
         sample(Net(), torch.zeros(2, 1, 2, 2), torch.tensor([1, 7]), cfg)
-        least = 2 if guidance == 1.5 else 1  # one step, whatever it takes
+        least = 2 if guidance == 1.5 and sampler != "consistency" else 1  # one step, whatever it takes
         assert max(steps - 3, least) <= len(calls) <= max(steps, least)
+
+
+# ---- consistency tuning: for Gaussian data the chain's end is known, x_hat = std x_t / sqrt(std^2 alpha^2 + sigma^2)
+
+STD = 0.2
+
+
+def gaussian(cfg, end):
+    """The network for Gaussian data that gives the end of the chain, or the mean of x given x_t."""
+    def x_hat(x_t, a, s):
+        variance = STD**2 * a**2 + s**2
+        return STD * x_t / variance**0.5 if end else STD**2 * a / variance * x_t
+
+    net = oracle(x_hat, cfg)
+    return lambda x_t, t, y=None: net(x_t, t)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("predict", TARGETS)
+def test_the_consistency_loss_vanishes_at_the_chains_end_alone(schedule, predict):
+    """With the gap as its square, for who gives the end of the teacher's chain; not for the teacher, who gives a mean."""
+    cfg = config(schedule=schedule, predict=predict)
+    x = STD * torch.randn(512, 1, 1, 1, dtype=torch.float64)
+    mean, end = gaussian(cfg, end=False), gaussian(cfg, end=True)
+
+    def error(model, gap):
+        torch.manual_seed(0)
+        return diffusion.consistency_loss(model, mean, x, None, cfg, gap).mean().item()
+
+    coarse, fine = error(end, 0.004), error(end, 0.002)
+    assert fine < 1e-5 and coarse / fine > 8, (coarse, fine)  # of squares of an error that falls as the square of the gap
+    assert error(mean, 0.002) > 20 * fine
+
+
+def test_the_consistency_loss_is_a_pseudo_huber_distance_over_t(monkeypatch):
+    cfg, seen = config(), []
+    x = torch.rand(64, 1, 2, 2, dtype=torch.float64) * 2 - 1
+
+    class Net(torch.nn.Module):
+        scale = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, x_t, t, y):
+            seen.append((x_t.detach(), t.detach()))
+            return self.scale * x_t
+
+    net = Net()
+    loss = diffusion.consistency_loss(net, lambda x_t, t, y: 0.1 * x_t, x, None, cfg, 0.125)
+    (x_r, r), (x_t, t) = seen
+    low = time_of(diffusion.MAX_LOGSNR, cfg).to(t)
+    assert_close(r, (t - 0.125).clamp(min=low))
+    b_t, b_r = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)
+    assert_close(x_r, x_t + (b_r - b_t) * 0.1 * x_t)  # Euler's step along the teacher's velocity
+    target = (x_r - b_r * 0.5 * x_r).clamp(-1, 1)
+    square = ((x_t - b_t * 0.5 * x_t - target) ** 2).mean((1, 2, 3))
+    assert_close(loss, ((square + 0.03**2).sqrt() - 0.03) / t)
+    with torch.enable_grad():
+        gradient, = torch.autograd.grad(loss.sum(), net.scale)
+        scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        square = ((x_t - b_t * scale * x_t - target) ** 2).mean((1, 2, 3))  # the target is a constant
+        wanted, = torch.autograd.grad((((square + 0.03**2).sqrt() - 0.03) / t).sum(), scale)
+    assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_consistency_samples_are_of_the_datas_distribution(schedule, nfe):
+    cfg = config(schedule=schedule, sampler="consistency", nfe=nfe)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40_000, 1, 1, 1, dtype=torch.float64, generator=generator)
+    x = sample(gaussian(cfg, end=True), noise, None, cfg, generator)
+    assert abs(x.std().item() / STD - 1) < 0.02 and abs(x.mean().item()) < 4 * STD / 200
 
 
 # ---- likelihood
@@ -604,7 +675,7 @@ def test_every_option_runs(digits, tmp_path, flags):
     assert ("labels" in samples) == ("--no-labels" not in flags)
 
 
-@pytest.mark.parametrize("flags", ["--inpaint uper", "--label 10", "--n-head 3"])
+@pytest.mark.parametrize("flags", ["--inpaint uper", "--label 10", "--n-head 3", "--consistency"])
 def test_bad_flags_are_one_line_before_any_training(flags, digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(diffusion.Run, "steps", lambda *args: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as stop:
@@ -695,6 +766,34 @@ def test_label_dropout_rate(digits, tmp_path, monkeypatch):
     assert abs((y == 10).double().mean().item() - 0.2) < 4 * (0.2 * 0.8 / len(y)) ** 0.5
 
 
+def test_tuning_starts_from_the_averaged_weights_and_resumes(digits, tmp_path, monkeypatch):
+    """The teacher is the run of --init, guided; eight steps are the same as four and four more."""
+    base, whole, parts = (str(tmp_path / name) for name in ("base", "whole", "parts"))
+    diffusion.main([*TINY, "--out", base])
+    tune = ["--consistency", "--init", base, "--guidance", "2"]
+    seen, original = [], diffusion.consistency_loss
+
+    def record(model, teacher, x, y, cfg, gap):
+        seen.append((gap, [p.clone() for p in teacher.parameters()], [p.detach().clone() for p in model.parameters()]))
+        assert cfg.guidance == 2 and not teacher.training and model.training
+        return original(model, teacher, x, y, cfg, gap)
+
+    monkeypatch.setattr(diffusion, "consistency_loss", record)
+    diffusion.main([*TINY, *tune, "--out", whole, "--steps", "8"])
+    averaged = list(tiny.load_checkpoint(tmp_path / "base")["ema_model"].values())
+    for _, teacher, _ in seen:
+        assert all(torch.equal(a, b) for a, b in zip(teacher, averaged, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][2], averaged, strict=True))  # the network begins as its teacher
+    assert not all(torch.equal(a, b) for a, b in zip(seen[1][2], averaged, strict=True))
+    assert [gap for gap, *_ in seen] == [1 / (4 + 4 * step / 2000) for step in range(8)]
+    diffusion.main([*TINY, *tune, "--out", parts])
+    diffusion.main(["--resume", "--out", parts, "--steps", "8"])
+    one, two = tiny.load_checkpoint(tmp_path / "whole"), tiny.load_checkpoint(tmp_path / "parts")
+    assert all(torch.equal(one["ema_model"][key], two["ema_model"][key]) for key in one["ema_model"])
+    model, cfg = diffusion.load(whole)
+    assert (cfg.sampler, cfg.nfe) == ("consistency", 2) and diffusion.load(base)[1].sampler == "dpm++"
+
+
 def test_short_training_on_digits(tmp_path):
     """600 steps on the real digits: the bound on all 297 test images, and the distance of as many samples."""
     diffusion.main(["--steps", "600", "--num-samples", "297", "--out", str(tmp_path / "run")])
@@ -704,3 +803,9 @@ def test_short_training_on_digits(tmp_path):
     assert final["final"] and final["test_bpd"] < 2.2, final
     assert quality["frechet"] < 1.5, quality  # the floor is 0.69
     assert quality["label_accuracy"] > 0.95, quality
+    tune = ["--consistency", "--init", str(tmp_path / "run"), "--out", str(tmp_path / "fast")]
+    diffusion.main([*tune, "--steps", "300", "--num-samples", "297", "--mode", "train", "--elbo-samples", "1"])
+    tuned = evaluate(np.load(tmp_path / "fast" / "samples.npz")["images"], "digits")
+    diffusion.main(["--mode", "sample", "--out", str(tmp_path / "run"), "--nfe", "4", "--num-samples", "297"])
+    untuned = evaluate(np.load(tmp_path / "run" / "sampled" / "samples.npz")["images"], "digits")
+    assert tuned["frechet"] < min(2.5, untuned["frechet"] / 2), (tuned, untuned)  # two evaluations against four

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -686,7 +686,6 @@ def show_completions(model, data, cfg, run, draws=4):
 
 import argparse
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import inspect
@@ -768,9 +767,11 @@ def read_image(path, size=None, peak=None):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # more than 8 bits
         pixels = np.asarray(image, np.float64)
+        if not np.isfinite(pixels.max()):
+            raise ValueError("pixels that are not finite")
         image = Image.fromarray((255 * pixels / (peak or pixels.max() or 1)).round().clip(0, 255).astype(np.uint8))
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    if "A" in image.getbands() or "transparency" in image.info:
+    mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+    if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert(mode)
     return ImageOps.fit(image, size) if size else image
@@ -779,46 +780,37 @@ def read_image(path, size=None, peak=None):
 def load_folder(root, side):
     """Images at any depth, in classes by the folder under the root, or under its train/ and test/ or val/ if it has both."""
     known = Image.registered_extensions().keys() | {".heic", ".heif", ".avif", ".jxl"}  # some need a plug-in
-    files = sorted(Path(top, f).relative_to(root) for top, _, names in os.walk(root, followlinks=True) for f in names)
-    files = [f for f in files if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts)]
-    test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in files}), None)
-    unused = sum(f.parts[0] not in ("train", test) for f in files) if test else 0
-    files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]  # so that the first n are of all classes
-    files = sorted((f for f in files if not test or f.parts[0] in ("train", test)), key=lambda f: f.parts[0] == test)
+    found = sorted(Path(top, f).relative_to(root) for top, _, names in os.walk(root, followlinks=True) for f in names)
+    found = [f for f in found if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts)]
+    found = [found[i] for i in np.random.RandomState(0).permutation(len(found))]  # so that the first n are of all classes
+    test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in found}), None)
+    files = [f for part in ("train", test) for f in found if f.parts[0] == part] if test else found
     sizes = Counter()
     modes = set()
     peak = 0
-    good = []
-    skipped = []
     for f in progress(files, "looking at images"):
-        try:
-            with Image.open(root / f) as image:
-                deep = image.mode[0] in "IF"
-                top = np.asarray(image).max() if deep else 0
-                if not np.isfinite(top):
-                    raise ValueError("pixels that are not finite")
+        with contextlib.suppress(Exception), Image.open(root / f) as image:  # what cannot be read is named below
+            modes.add(Image.getmodebase(image.mode))
+            if image.mode[0] in "IF" and np.isfinite(top := np.asarray(image).max()):
                 peak = max(peak, top)
-                modes.add("L" if deep or image.mode in ("1", "L", "LA") else "RGB")
-                turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
-                sizes[(side, side) if side else image.size[::-1] if turned else image.size] += 1
-                good.append(f)
-        except Exception as e:  # whatever a decoder raises
-            skipped.append(f"{root / f} ({e})")
-    size = max(sizes, key=sizes.get, default=(1, 1))  # the commonest
+            if not side:
+                turned = image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+                sizes[image.size[::-1] if turned else image.size] += 1
+    size = (side, side) if side else max(sizes, key=sizes.get, default=(1, 1))  # the commonest
     if max(size) > 128 and not side:
         fail(f"--dataset {root}: images of {size[0]} x {size[1]} pixels are too large as they are; add --image-size 64")
-    mode = "RGB" if "RGB" in modes else "L"
-    x = np.empty((len(good), *size[::-1], 3 if mode == "RGB" else 1), np.uint8)
+    mode = "L" if modes <= {"L"} else "RGB"
+    x = np.empty((len(files), *size[::-1], len(mode)), np.uint8)
     kept = []
-    for f in progress(good, "reading images"):
+    skipped = []
+    for f in progress(files, "reading images"):
         try:
             x[len(kept)] = np.atleast_3d(read_image(root / f, size, peak).convert(mode))
             kept.append(f)
-        except Exception as e:
+        except Exception as e:  # whatever a decoder raises
             skipped.append(f"{root / f} ({e})")
     if skipped:
-        named = " ".join("; ".join(skipped[:10]).split()) + "; ..." * (len(skipped) > 10)
-        print(f"skipped {len(skipped)} images that cannot be read: {named}", file=sys.stderr)
+        print(f"skipped {len(skipped)} images that cannot be read:", *"; ".join(skipped[:10]).split(), file=sys.stderr)
     n = sum(f.parts[0] == test for f in kept) if test else -(-len(kept) // 10)
     if not 0 < n < len(kept):
         fail(f"--dataset {root}: {len(kept)} readable images, {n} of them to test on; at least 2 are needed, 1 to test on")
@@ -826,7 +818,7 @@ def load_folder(root, side):
     names = sorted(set(folders)) if all(folders) and len(set(folders)) > 1 else []
     y = torch.tensor([names.index(folder) if names else 0 for folder in folders])
     x = torch.from_numpy(x[:len(kept)]).permute(0, 3, 1, 2)
-    odd = {"skipped": len(skipped), "of another size, cropped": len(good) - sizes[size], "in other folders, not used": unused}
+    odd = {"skipped": len(skipped), "cropped": sizes.total() - sizes[size], "in unused folders": len(found) - len(files)}
     note = "".join(f"; {count} {what}" for what, count in odd.items() if count)
     return Data(x[:-n], y[:-n], x[-n:], y[-n:], tuple(names), note)
 
@@ -860,28 +852,13 @@ def load_data(name, data_dir, image_size=0):
     return Data(x, y.long(), x_test, y_test.long(), tuple("0123456789"))
 
 
-def checked(kind, comment):
-    """text -> value of a flag, within the bound that its comment names."""
-    bound = re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comment)
-    sign, low, high = bound.groups() if bound else (None, None, None)
-    most = float(high or (2**31 - 1 if kind is int else np.finfo(np.float32).max))
-
-    def convert(text):
-        value = os.path.expanduser(text) if kind is str else kind(text)
-        if bound and not (float(low) <= value <= most and (sign != ">" or value > float(low))):
-            raise argparse.ArgumentTypeError(f"{text}: must be {sign or 'from'} {low}, at most {most:.10g}: {comment}")
-        return value
-
-    convert.__name__ = kind.__name__  # what argparse calls it
-    return convert
-
-
 def parse_args(argv=None):
     """The command line -> the config, and the checkpoint that the run goes on from, {} for a new one.
 
-    A field of Config is a flag, its comment the help; a comment of its own begins a group. What no flag says is taken from the
-    checkpoint, from which only fields of a group "free to change" may differ.
+    A field of Config is a flag; its comment is the help, and a bound in it is checked; a comment of its own begins a group.
+    What no flag says is taken from the checkpoint, from which only fields of a group "free to change" may differ.
     """
+    comments = {}
     groups = {}
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--flag value] ...", allow_abbrev=False,
                                      formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100))
@@ -890,36 +867,44 @@ def parse_args(argv=None):
         if heading:
             section = parser.add_argument_group(heading)
             continue
+        comments[name] = comment
         groups[name] = section.title
         field = Config.__dataclass_fields__[name]
         kind = (*get_args(field.type), field.type)[0]  # int of int | None and of tuple[int, ...]
-        origin = get_origin(field.type)
-        if origin is Literal:
+        if get_origin(field.type) is Literal:
             options = {"choices": get_args(field.type)}
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         else:
-            count = None if origin is not tuple else "+" if Ellipsis in get_args(field.type) else len(get_args(field.type))
-            options = {"type": checked(kind, comment), "metavar": kind.__name__, "nargs": count}
+            options = {"type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__}
+            options["nargs"] = "+" if get_origin(field.type) is tuple else None
         text = f"{comment} [{field.default}]".replace("%", "%%")
-        section.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=text, **options)
-
-    def parse():
-        values = vars(parser.parse_args(argv))
-        return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-    cfg = parse()
-    saved = {}
+        section.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
+    for name, value in given.items():
+        if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
+            sign, low, high = bound.groups()
+            for v in value if isinstance(value, tuple) else [value]:
+                most = float(high or (2**31 - 1 if isinstance(v, int) else np.finfo(np.float32).max))
+                if not float(low) <= v <= most or sign == ">" and v == float(low):
+                    fail(f"--{name.replace('_', '-')}: {v}: must be {sign or 'from'} {low} to {most:.10g}: {comments[name]}")
+    cfg = Config(**given)
     cfg.out = cfg.out or f"runs/{Path(__file__).stem}-{Path(cfg.dataset).resolve().name}"
+    saved = {}
     path = Path(cfg.out, "checkpoint.pt")
     if cfg.mode != "train" or cfg.resume and path.exists():
+        lock(path.parent)
         old, saved = read_run(cfg.out)
-        budget = {"steps": None, "minutes": None} if cfg.steps or cfg.minutes else {}  # a new one replaces the old one
-        parser.set_defaults(**vars(old) | budget | {"mode": "train", "resume": False, "overwrite": False, "out": cfg.out})
-        cfg = parse()
-        for name, value in vars(old).items():
-            if getattr(cfg, name) != value and "free to change" not in groups[name]:
-                fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run in {path} has {value}")
+        for name, value in given.items():
+            if value != getattr(old, name) and "free to change" not in groups[name]:
+                fail(f"--{name.replace('_', '-')} {value}: the run in {path} has {getattr(old, name)}")
+        once = ["mode", "resume", "overwrite"]  # these have their defaults again, where no flag says them
+        if cfg.steps or cfg.minutes:  # a new budget replaces the old one
+            once += ["steps", "minutes"]
+        if cfg.mode != "train":  # so does what the training was asked to show besides samples, of whichever --label
+            once += [name for name, group in groups.items() if group[:4] == "eval" and getattr(Config, name) in (None, "no")]
+        kept = {name: value for name, value in vars(old).items() if name not in once or name == "label"}
+        cfg = Config(**kept | given | {"out": cfg.out})
     elif not cfg.overwrite and path.parent.is_dir() and any(f.suffix != ".part" for f in path.parent.iterdir()):
         fail(f"--out {cfg.out}: is not empty; --resume continues a run from its checkpoint.pt, --overwrite replaces it")
     elif cfg.resume:
@@ -929,20 +914,30 @@ def parse_args(argv=None):
     return cfg, saved
 
 
+def lock(folder):
+    """Refuse a run's folder that another process writes to, until this one ends."""
+    try:
+        import fcntl
+        if folder not in LOCKS and os.environ.get("RANK", "0") == "0":
+            LOCKS[folder] = os.open(folder, os.O_RDONLY)
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--out {folder}: another process is writing to it")
+    except (ImportError, OSError):  # Windows, a file system without locks, or no folder
+        pass
+
+
 def read_run(folder):
     """The config and the checkpoint of the run in a folder; what is damaged, not finite or not of this script is refused."""
     path = Path(folder, "checkpoint.pt")
     script = Path(__file__).stem
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("wrong checksum")
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing that a file may hold
-        if not isinstance(saved, dict):
-            raise ValueError("weights alone")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))  # runs nothing that a file may hold
         if (saved["format"], saved["script"]) != (2, script):
             raise ValueError(f"is of {saved['script']}.py in format {saved['format']}, not of {script}.py in format 2")
-        if fields := saved["config"].keys() ^ {field.name for field in dataclasses.fields(Config)}:
+        if fields := saved["config"].keys() ^ Config.__dataclass_fields__.keys():
             raise ValueError(f"of another version, whose config differs in {', '.join(sorted(fields))}")
         if not all(torch.as_tensor(v).isfinite().all() for v in tree_leaves(saved) if isinstance(v, (float, torch.Tensor))):
             raise ValueError("holds numbers that are not finite")
@@ -1014,12 +1009,8 @@ def shuffle(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def deaf(call):
-    """call(), whose failure ends nothing: the training outlives whoever reads what it prints."""
-    def attempt(*args):
-        with contextlib.suppress(OSError, RuntimeError):  # the second: a signal's words within others
-            return call(*args)
-    return attempt
+class Deaf(contextlib.suppress, contextlib.ContextDecorator):
+    """Deaf(errors)(call) is call, but these errors of it end nothing: a training outlives whoever reads what it prints."""
 
 
 def on_signal(number, frame):
@@ -1036,6 +1027,7 @@ def launch(main):
     """main() as a program: stop signals are heard, and what the machine refuses (files, memory, kernels) is one line."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    deaf = Deaf(OSError, RuntimeError)  # the second: a signal's words within others
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -1043,7 +1035,6 @@ def launch(main):
         stream.flush = deaf(stream.flush)
     Run.signal = 0
     Run.stepping = False
-    Run.out = "the run"
     numbers = {n for n in signal.valid_signals() if n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))}
     before = {n: signal.signal(n, on_signal) for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN}
     try:
@@ -1054,8 +1045,8 @@ def launch(main):
         fail(f"{e.filename or Path(__file__).stem}: {e.strerror or e}", 1)
     except (MemoryError, RuntimeError) as e:
         if "kernels.mode" in str(e):
-            fail(f"--kernels triton: {e}" if "is 'triton'" in str(e) else str(e))
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not re.search("allocate memory|overflowed", str(e)):
+            fail(f"--kernels: {e}")
+        if not re.search("MemoryError|allocate memory|overflowed", repr(e)):
             raise
         fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
     finally:
@@ -1104,20 +1095,8 @@ class Run:
         dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
         self.autocast = partial(torch.autocast, kind, dtype, enabled=cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
-        self.lock()
+        lock(self.out)
         torch.manual_seed(cfg.seed)  # of the weights that the networks start from
-
-    def lock(self):
-        """Refuse a folder that another process writes to."""
-        if self.rank == 0 and self.out.is_dir() and self.out not in LOCKS:
-            try:
-                LOCKS[self.out] = os.open(self.out, os.O_RDONLY)
-                import fcntl
-                fcntl.flock(LOCKS[self.out], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--out {self.out}: another process is writing to it")
-            except (ImportError, OSError):  # Windows, or a file system without locks
-                pass
 
     def describe(self, data, labels=True):
         """Say what the data is, which must be the checkpoint's -> data, cut as --no-labels and --eval-images want it."""
@@ -1164,17 +1143,17 @@ class Run:
                 print(f"--init {self.cfg.init}: {name}" + f", but for what does not fit: {', '.join(odd)}" * bool(odd))
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock()
+            lock(self.out)
             self.save(parts)  # what cannot be written is found before any training
-            done = f"{self.step:012d}" if self.saved else ""
-            late = [f for f in self.out.glob("samples/step_*.png") if f.stem[5:].zfill(12) > done]
-            for path in (*late, *self.out.glob("*.[0-9]*.part"), *self.out.glob("s*/*.[0-9]*.part")):
-                path.unlink()
+            stale = [f for f in self.out.glob("samples/step_*.png") if f.stem[5:].zfill(12) > f"{self.step:012d}"]
+            if not self.saved:  # of the run that is overwritten
+                stale += [self.out / "samples.npz", self.out / "samples.png"]
+            for path in (*stale, *self.out.glob("*.[0-9]*.part"), *self.out.glob("s*/*.[0-9]*.part")):
+                path.unlink(missing_ok=True)
             with open(self.out / "metrics.jsonl", "ab") as f:  # lines beyond the checkpoint are written again
                 f.truncate(min(f.tell(), self.log_size))
             write(self.out / "config.json", lambda f: f.write(json.dumps(vars(self.cfg) | self.facts, indent=1).encode()))
-            print(f"{self.out}: settings in config.json, a line every {self.cfg.log_every} steps in metrics.jsonl, "
-                  f"checkpoint.pt and samples.png every {self.cfg.save_every}")
+            print(f"{self.out}: settings in config.json, log in metrics.jsonl, state in checkpoint.pt, images in samples.png")
             if self.step >= (self.cfg.steps or math.inf):
                 print(f"step {self.step}: --steps {self.cfg.steps} leaves nothing to train")
         self.saved = None
@@ -1196,7 +1175,6 @@ class Run:
         parts = parts | {"scaler": self.scaler}
         if self.saved is not None:
             self.begin(parts)
-        last = self.step
         Run.stepping = True
         with progress(what=Path(__file__).stem, total=100, disable=self.rank > 0) as self.bar:
             while True:
@@ -1216,14 +1194,13 @@ class Run:
                 yield self.step - 1
                 if self.step % self.cfg.save_every == 0:
                     self.save(parts)
-                    last = self.step
                     if self.rank == 0 and not Run.signal:
                         Run.stepping = self.world > 1  # one process need not wait for the grid
                         images = preview()
                         save_grid(images, self.out / f"samples/step_{self.step:06d}.png")
                         save_grid(images, self.out / "samples.png")
                         Run.stepping = True
-        if last < self.step:
+        if self.step % self.cfg.save_every:
             self.save(parts)
         Run.stepping = False
         if number := number or Run.signal:

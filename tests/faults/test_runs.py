@@ -932,6 +932,18 @@ def test_a_second_process_is_refused(more, spelling, trained, go, capsys, module
 
 
 @one_script
+@pytest.mark.parametrize("more", [["--resume"], ["--mode", "eval"], ["--mode", "sample"]], ids=" ".join)
+def test_a_checkpoint_is_read_by_who_holds_the_folder(more, trained, go, capsys, module, monkeypatch):
+    """Else it might be an older one than that which the other process writes meanwhile."""
+    read, seen = module.read_run, []
+    monkeypatch.setattr(module, "read_run", lambda folder: (seen.append(folder), read(folder))[1])
+    with held(trained):
+        assert go(trained, *more) == 2
+    assert "another process" in error_line(capsys.readouterr().err) and not seen
+    assert go(trained, *more) == 0 and seen
+
+
+@one_script
 def test_a_folder_that_is_empty_yet_is_held_too(go, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with held(tmp_path / "run"):
@@ -1009,6 +1021,15 @@ def test_overwrite_begins_anew(straight, go, tmp_path):
     assert go(tmp_path / "run", "--seed", 5, "--steps", 5) == 0
     assert go(tmp_path / "run", "--overwrite") == 0
     assert_same_run(straight(), tmp_path / "run")
+
+
+@one_script
+def test_overwrite_leaves_no_samples_of_the_old_run_beside_the_new_checkpoint(trained, begun):
+    (trained / "thesis.tex").write_text("precious")
+    assert (trained / "samples.npz").exists() and (trained / "samples.png").exists()
+    assert begun(trained, "--overwrite")["step"] == 0
+    assert snapshot(trained).keys() == {"checkpoint.pt", "config.json", "metrics.jsonl", "thesis.tex"} | {
+        name for name in MORE["gan"]}
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints refused

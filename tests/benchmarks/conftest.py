@@ -1,4 +1,10 @@
-"""After --benchmark-only: what a kernel engineer looks for, a line a case."""
+"""After --benchmark-only: what a kernel engineer looks for, a line a case; with --kernels-csv PATH also as a file."""
+
+import csv
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernels-csv", help="write the figures of the kernels' benchmarks to this file")
 
 
 def table(rows):
@@ -25,3 +31,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(f"kernels on {device}: GB/s of the least bytes, peak that of a copy")
         for line in table(rows):
             terminalreporter.write_line(line)
+        if path := config.getoption("--kernels-csv"):
+            with open(path, "w", newline="") as f:
+                writer = csv.DictWriter(f, sorted({key for row in rows for key in row}), restval="")
+                writer.writeheader()
+                writer.writerows(rows)

@@ -1,13 +1,16 @@
 """Compile every kernel ahead of time, without a GPU, and say what came out: registers, spills, shared memory, instructions.
 
     python tools/kernel_report.py                       # the table, as Markdown
-    python tools/kernel_report.py --write               # into docs/kernels.md, between its two marker lines
+    python tools/kernel_report.py --write               # into docs/kernels-compiled.md, between its two marker lines
     python tools/kernel_report.py --json --only coupling
+    python tools/kernel_report.py --all                 # every variant that a launch can choose: some half an hour
 
 Exits with 1 where a kernel spills, passes its limits, or lacks the loads or matrix instructions that its AOT_SPECS ask for.
+What was compiled is kept in a cache, by the sources, the variant, the target and triton's version.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -21,12 +24,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2-kernel-report"
 TARGETS = {  # name: (backend, architecture, threads of a warp, bytes of shared memory a block may have)
-    "sm_80": ("cuda", 80, 32, 101376),  # what the smaller cards of the generation have; an A100 has 166,912
-    "sm_90": ("cuda", 90, 32, 232448),
-    "sm_100": ("cuda", 100, 32, 232448),
-    "gfx942": ("hip", "gfx942", 64, 65536),
-    "gfx1100": ("hip", "gfx1100", 32, 65536),
+    "sm_80": ("cuda", 80, 32, 166912),  # A100
+    "sm_86": ("cuda", 86, 32, 101376),  # GeForce 30
+    "sm_89": ("cuda", 89, 32, 101376),  # GeForce 40
+    "sm_90": ("cuda", 90, 32, 232448),  # H100
+    "sm_100": ("cuda", 100, 32, 232448),  # B200
+    "sm_120": ("cuda", 120, 32, 101376),  # GeForce 50
+    "gfx942": ("hip", "gfx942", 64, 65536),  # MI300
+    "gfx1100": ("hip", "gfx1100", 32, 65536),  # Radeon 7000
 }
 VECTOR = {
     "cuda": r"ld\.global\S*\.v[248]\.|ld\.global\S*\.b64|cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x(?:8|10)\b",
@@ -57,8 +64,41 @@ def resources(backend, asm):
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
+def variants(file, more=False):
+    """The variants of a file's kernels: the usual ones, or these and every other that a launch can choose."""
+    module = importlib.import_module(f"kernels.{file}")
+    return [*module.AOT_SPECS, *(getattr(module, "AOT_MORE", ()) if more else ())]
+
+
+def key(file, spec, target):
+    """What the result of a compilation depends on, as a name for the cache."""
+    import triton
+
+    source = (ROOT / "kernels" / f"{file}.py").read_text()
+    parts = ["__init__", *sorted(re.findall(r"^from \.(\w+) import", source, re.M))]
+    texts = [source, Path(__file__).read_text(), *((ROOT / "kernels" / f"{part}.py").read_text() for part in parts)]
+    return hashlib.sha256("\0".join([*texts, repr(spec), target, triton.__version__]).encode()).hexdigest()
+
+
 def compile_one(file, index, target):
-    """One row of the report: a kernel's variant on a target."""
+    """One row of the report, a kernel's variant on a target: from the cache where it was compiled before."""
+    spec = variants(file, more=True)[index]
+    kept = CACHE / f"{key(file, spec, target)}.json"
+    try:
+        return json.loads(kept.read_text())
+    except (OSError, ValueError):
+        row = compile_spec(file, spec, target)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(row))
+        part.replace(kept)
+    except OSError:  # no home folder, or one that cannot be written
+        pass
+    return row
+
+
+def compile_spec(file, spec, target):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -66,7 +106,7 @@ def compile_one(file, index, target):
     import kernels
 
     module = importlib.import_module(f"kernels.{file}")
-    spec, (backend, arch, warp, shared_limit) = module.AOT_SPECS[index], TARGETS[target]
+    backend, arch, warp, shared_limit = TARGETS[target]
     own = (spec.hip if backend == "hip" else {}) | spec.own.get(target, {})
     options = {key: own[key] for key in ("num_warps", "num_stages") if key in own}
     spec = spec._replace(args={key: own.get(key, a) for key, a in spec.args.items()}, **options)
@@ -97,13 +137,12 @@ def compile_one(file, index, target):
             "seconds": round(time.perf_counter() - start, 2), "problems": [what for what, wrong in limits.items() if wrong]}
 
 
-def build(only=None, targets=TARGETS):
+def build(only=None, targets=TARGETS, more=False):
     """Every row, two processes at a time."""
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     sys.path.insert(0, str(ROOT))
     jobs = [(file, i, target) for file in files() if only in (None, file)
-            for i, spec in enumerate(importlib.import_module(f"kernels.{file}").AOT_SPECS) for target in targets
-            if spec.own.get(target, {}) is not None]
+            for i, spec in enumerate(variants(file, more)) for target in targets if spec.own.get(target, {}) is not None]
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True)))
 
@@ -129,15 +168,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--only", choices=files(), help="one file's kernels")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--all", action="store_true", help="every variant that a launch can choose, not only the usual ones")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels-compiled.md")
     args = parser.parse_args()
-    if args.write and (args.only or args.json):
-        parser.error("--write writes the whole table: it takes neither --only nor --json")
-    rows = build(args.only)
+    if args.write and (args.only or args.json or args.all):
+        parser.error("--write writes the table of the usual variants: it takes neither --only, --json nor --all")
+    rows = build(args.only, more=args.all)
     if args.json:
         print(json.dumps(rows))
     elif args.write:
-        page = ROOT / "docs/kernels.md"
+        page = ROOT / "docs/kernels-compiled.md"
         before, rest = page.read_text().split(MARKS[0])
         page.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     else:

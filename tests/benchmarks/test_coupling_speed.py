@@ -33,8 +33,9 @@ def time_it(benchmark, op, case, dtype, impl, passes, reverse, how, channels, id
              for name, suffix in (("reference", "_reference"), ("plain", "_torch"), ("triton", ""))}
     if impl in PEERS:
         forms[impl] = functools.partial(peer, pytest.importorskip(PEERS[impl]), **how, reverse=reverse)
-    least = (ideal[0] if passes == "forward" else sum(ideal)) * x.numel() * x.element_size()
-    run(benchmark, f"{op} {case} {dtype}{', reverse' * reverse}", impl, passes, forms, (x, params), int(least),
+    n = x.numel() * x.element_size()
+    run(benchmark, f"{op} {case} {dtype}{', reverse' * reverse}", impl, passes, forms, (x, params),
+        {"forward": ideal[0] * n, "backward": ideal[1] * n},
         tolerance=1e-2 if dtype == torch.float32 else 1e-1)
 
 

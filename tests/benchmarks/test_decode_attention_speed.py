@@ -19,5 +19,5 @@ def test_decode_attention(benchmark, shape, length, dtype, impl):
     q = torch.randn(*shape[:2], 1, shape[3], device=DEVICE, dtype=dtype)
     with torch.no_grad():
         run(benchmark, f"decode_attention {shape} at {length} {dtype}", impl, "forward", FORMS, (q, k, v, length),
-            (2 * length + 2) * shape[0] * shape[1] * shape[3] * q.element_size(),
+            {"forward": (2 * length + 2) * shape[0] * shape[1] * shape[3] * q.element_size()},
             tolerance=1e-3 if dtype == torch.float32 else 5e-2)

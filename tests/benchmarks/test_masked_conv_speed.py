@@ -32,9 +32,12 @@ def test_masked_conv(benchmark, case, op, dtype, impl, passes):
     inputs = (x, weight, torch.randn(wide, device=DEVICE, dtype=dtype))
     n = x.numel() * x.element_size()
     y = n // shape[1] * N
-    ideal = n + y if passes == "forward" else 3 * n + 3 * y  # dx: dy in, dx out; dweight: x and dy in
+    ideal = {"forward": n + y, "backward": 2 * n + 2 * y}  # dx: dy in, dx out; dweight: x and dy in
     if op.startswith("gated"):
         inputs += (torch.randn(shape[0], wide, device=DEVICE, dtype=dtype),)
-        ideal = n + 3 * y if passes == "forward" else 3 * n + 12 * y  # the gate 5 y, then twice the 2 y of p and q
-    run(benchmark, f"{op} {case} {dtype}", impl, passes, FORMS[op], inputs, ideal,
+        ideal = {"forward": n + 3 * y, "backward": 2 * n + 9 * y}  # the gate 5 y, then twice the 2 y of p and q
+    live = module._taps(kh, kw, "B")
+    product = 2 * shape[0] * shape[2] * shape[3] * shape[1] * wide * live
+    flops = {"forward": product, "backward": 2 * product}
+    run(benchmark, f"{op} {case} {dtype}", impl, passes, FORMS[op], inputs, ideal, flops=flops,
         tolerance=1e-3 if dtype == torch.float32 else 5e-2)

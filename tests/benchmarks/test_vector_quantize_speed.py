@@ -48,10 +48,9 @@ def test_nearest_code(benchmark, case, dtype, impl, passes):
         N = N // 16
     z, codebook = case_of(N, K, D, dtype)
     size = z.element_size() * D
-    ideal = 2 * N * size + 8 * N + K * size
-    if passes != "forward":
-        ideal += N * size + 8 * N + K * size
-    run(benchmark, f"nearest_code {case} {dtype}", impl, passes, FORMS, (z, codebook), ideal)
+    ideal = {"forward": 2 * N * size + 8 * N + K * size, "backward": N * size + 8 * N + K * size}
+    run(benchmark, f"nearest_code {case} {dtype}", impl, passes, FORMS, (z, codebook), ideal,
+        flops={"forward": 2 * N * K * D, "backward": N * D})
 
 
 def memory(form, N, K, D=64):

@@ -1,4 +1,7 @@
-"""Every kernel compiled for five architectures without a GPU: no spills, vector loads, matrix instructions, small enough."""
+"""Every kernel compiled for eight architectures without a GPU: no spills, vector loads, matrix instructions, small enough.
+
+The usual variants always; with M2_ALL_VARIANTS=1 in the environment every variant that a launch can choose, some half an hour.
+"""
 
 import json
 import os
@@ -17,7 +20,9 @@ import kernel_report
 def report():
     """In a process of its own, where triton compiles: in this one its interpreter may be at work."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, ROOT / "tools/kernel_report.py", "--json"], capture_output=True, text=True, env=env)
+    more = ["--all"] if os.environ.get("M2_ALL_VARIANTS") else []
+    done = subprocess.run([sys.executable, ROOT / "tools/kernel_report.py", "--json", *more], capture_output=True, text=True,
+                          env=env)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
@@ -48,8 +53,8 @@ def test_matrix_instructions_where_they_are_the_point(report):
 def test_the_report_sees_what_is_wrong():
     """The checks themselves: a limit of one register, and matrix instructions where there are none."""
     code = ("import sys; sys.path[:0] = [{root!r}, {tools!r}]; import kernel_report, kernels.group_norm as m; "
-            "m.AOT_SPECS[:] = [m.AOT_SPECS[0]._replace(registers=1, matrix=True)]; "
-            "print(kernel_report.compile_one('group_norm', 0, 'sm_80')['problems'])")
+            "spec = m.AOT_SPECS[0]._replace(registers=1, matrix=True); "
+            "print(kernel_report.compile_spec('group_norm', spec, 'sm_80')['problems'])")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), tools=str(ROOT / "tools"))], capture_output=True,
                          text=True, env=env).stdout
@@ -57,8 +62,41 @@ def test_the_report_sees_what_is_wrong():
 
 
 def test_the_page_has_the_table(report):
-    """docs/kernels.md lists the kernels that there are."""
-    page = (ROOT / "docs/kernels.md").read_text()
+    """docs/kernels-compiled.md lists the kernels that there are."""
+    if os.environ.get("M2_ALL_VARIANTS"):
+        pytest.skip("the page has the usual variants")
+    page = (ROOT / "docs/kernels-compiled.md").read_text()
     before, table = page.split(kernel_report.MARKS[0])
     for row in report:
         assert f"| `{row['file']}.{row['kernel']}` | {row['variant']} |" in table
+
+
+def test_the_cache_is_of_the_source(tmp_path, monkeypatch):
+    """The same is not compiled twice; a changed source, variant, target or part that a file imports is compiled anew."""
+    import kernels.bias_act as module
+
+    for name in ("bias_act", "attention", "decode_attention", "__init__"):
+        (tmp_path / "kernels").mkdir(exist_ok=True)
+        (tmp_path / "kernels" / f"{name}.py").write_text((ROOT / "kernels" / f"{name}.py").read_text())
+    compiled = []
+    monkeypatch.setattr(kernel_report, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_report, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(kernel_report, "compile_spec", lambda *args: (compiled.append(args), {"row": len(compiled)})[1])
+    first = kernel_report.compile_one("bias_act", 0, "sm_80")
+    assert kernel_report.compile_one("bias_act", 0, "sm_80") == first == {"row": 1} and len(compiled) == 1
+    kernel_report.compile_one("bias_act", 1, "sm_80")
+    kernel_report.compile_one("bias_act", 0, "sm_90")
+    assert len(compiled) == 3
+    for name in ("bias_act", "__init__"):
+        with open(tmp_path / "kernels" / f"{name}.py", "a") as f:
+            f.write("# changed\n")
+        assert kernel_report.compile_one("bias_act", 0, "sm_80") != first
+    assert len(compiled) == 5
+    spec = module.AOT_SPECS[0]
+    before = kernel_report.key("attention", spec, "sm_80")
+    with open(tmp_path / "kernels" / "decode_attention.py", "a") as f:
+        f.write("# changed\n")
+    assert kernel_report.key("attention", spec, "sm_80") != before  # which imports from it
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text("{")  # cut short
+    assert kernel_report.compile_one("bias_act", 0, "sm_80") and len(compiled) == 6

@@ -152,11 +152,6 @@ def report():
     return "\n".join(lines)
 
 
-def launching(x):
-    """A context in which kernels start on the device of x, whichever is the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def launch(kernel, programs, *args, **constants):
     """Start so many programs of a kernel on the device of its first argument, whichever is the current one."""
     device = args[0].device

@@ -12,8 +12,10 @@ finite never wins: codes with NaN or infinity are not used, vectors with either,
 
 Least bytes, z contiguous: forward z, z_q, 8N for the indices, and the codebook. The codebook is read again, from the cache,
 for every 64 vectors (16 where there are few), then the N rows of it that were chosen; where a row is longer than BLOCK_D,
-the vectors too, for every 64 codes. Backward: dz_q, 8N, and the codebook's gradient. A stable sort of the indices by PyTorch
-comes before it, so that each code adds up its own rows in order, without float atomics: one program where all share a code.
+the vectors too, for every 64 codes, and float32 is cut again there: by the count of instructions some 15 % beside the
+products, for which no second copy of z in memory is kept. Backward: dz_q, 8N, and the codebook's gradient. A stable sort of
+the indices by PyTorch comes before it, so that each code adds up its own rows in order, without float atomics: one program
+where all share a code.
 
 When not: where one product with its N x K result is cheap, as with D of several hundred and few codes.
 """
@@ -23,8 +25,9 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, jit, launching, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, jit, launch, operator, tl, triton, use_triton
 
+LEAST = 1 << 14  # elements of z from which "auto" takes the kernel: the plain form makes some ten calls, so a launch soon pays
 LARGE = 1 << 14  # vectors from which on a program has 64 of them, below it 16, so that there are programs for a whole device
 BLOCK_D = 16, 64  # elements of a row that a program holds at once: of float32 and float64, of half types
 GROUP, CODES = 32, 1024  # plain form: codes of which the nearest is found first, codes of a chunk
@@ -34,9 +37,10 @@ BUFFER = {"cpu": 1 << 21}  # plain form: distances of a chunk, to stay in the ca
 def nearest_code_reference(z, codebook):
     """Holds all distances. The gradients are those of nearest_code."""
     acc = accumulator(_wider(z, codebook))
-    x, e = z.detach().reshape(-1, z.shape[-1]).to(acc), codebook.detach().to(acc)
+    x = z.detach().reshape(-1, z.shape[-1]).to(acc)
+    e = codebook.detach().to(acc)
     indices = (x.square().sum(1, keepdim=True) - 2 * x @ e.T + e.square().sum(1)).argmin(1)
-    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1]), torch.bincount(indices, minlength=len(e))
+    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1]), _count(indices, len(e))
 
 
 def nearest_code_torch(z, codebook):
@@ -44,6 +48,11 @@ def nearest_code_torch(z, codebook):
     indices, counts = _search(z.reshape(-1, z.shape[-1]).detach(), codebook.detach())
     z_q = F.embedding(indices, codebook.to(accumulator(codebook))).to(z.dtype)  # so the gradient is summed in float32
     return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
+
+
+def _count(indices, n_codes):
+    """How often each code is used, (n_codes,). Not torch.bincount, which waits for the GPU."""
+    return indices.new_zeros(n_codes).index_add_(0, indices, torch.ones_like(indices))
 
 
 def _wider(z, codebook):
@@ -66,17 +75,27 @@ def _exact(x):
             m.fp32_precision = precision
 
 
-@torch.library.custom_op("m2::nearest_code_search", mutates_args=())  # an operator, so that no compiler unrolls its loops
+def _fake_search(z, codebook):
+    return z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(codebook), dtype=torch.int64)
+
+
+@operator("nearest_code_search", _fake_search)  # an operator, so that no compiler unrolls its loops
 def _search(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    (N, K), acc, inf = (len(z), len(codebook)), accumulator(_wider(z, codebook)), float("inf")
+    N = len(z)
+    K = len(codebook)
+    acc = accumulator(_wider(z, codebook))
+    inf = float("inf")
     cols = min(K + -K % GROUP, CODES)  # whole groups: the last is filled with codes at infinity
     rows = max(1, min(N, BUFFER.get(z.device.type, 1 << 24) // cols))
-    buffer, every = z.new_empty(rows, cols, dtype=acc), torch.arange(rows, device=z.device)
-    indices, best = z.new_zeros(N, dtype=torch.int64), z.new_full((N,), inf, dtype=acc)
+    buffer = z.new_empty(rows, cols, dtype=acc)
+    every = torch.arange(rows, device=z.device)
+    indices = z.new_zeros(N, dtype=torch.int64)
+    best = z.new_full((N,), inf, dtype=acc)
     with _exact(z):
         for k0 in range(0, K, cols):
             e = codebook[k0:k0 + cols].to(acc)
-            norm, spare = e.square().sum(1), cols - len(e)
+            norm = e.square().sum(1)
+            spare = cols - len(e)
             usable = norm.isfinite()
             e = F.pad(torch.where(usable[:, None], -2 * e, 0), (0, 0, 0, spare)).T
             norm = F.pad(norm.masked_fill(~usable, inf), (0, spare), value=inf)
@@ -89,12 +108,7 @@ def _search(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torc
                 indices[n0:n0 + rows] = torch.where(nearer, k0 + group * GROUP + within, indices[n0:n0 + rows])
                 best[n0:n0 + rows] = torch.where(nearer, value, best[n0:n0 + rows])
     indices.masked_fill_(best == -inf, 0)
-    return indices, torch.bincount(indices, minlength=K)
-
-
-@_search.register_fake
-def _(z, codebook):
-    return z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(codebook), dtype=torch.int64)
+    return indices, _count(indices, K)
 
 
 # ---- kernels: operands are held in the type DOT, distances in ACC
@@ -117,8 +131,11 @@ def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexp
                     ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                     BLOCK_D: tl.constexpr):
     """A program a block of vectors: their codes, those codes' rows, and how often each code is used. Parts (PARTS, K, D)."""
-    n, col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    d, row = tl.arange(0, BLOCK_D), n[:, None].to(tl.int64) * D
+    slot = tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + slot
+    col = tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    row = n[:, None].to(tl.int64) * D
     z = tl.load(Z + row + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)  # [BLOCK_N, BLOCK_D]
     z0, z1, z2 = _split(z, DOT, OPERAND, PARTS)
     best = tl.full([BLOCK_N, BLOCK_K], float("inf"), ACC)  # of the codes seen so far in each column, the nearest
@@ -149,7 +166,11 @@ def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexp
     index = tl.min(tl.where(best == nearest[:, None], start + col[None, :], K), 1)
     index = tl.where(nearest > -float("inf"), index, 0).to(tl.int64)
     tl.store(Indices + n, index, mask=n < N)
-    tl.atomic_add(Counts + index, tl.full([BLOCK_N], 1, tl.int64), mask=n < N, sem="relaxed")
+    # One addition for all vectors of the program that share a code, so that a collapsed codebook does not queue up for it.
+    same = (index[:, None] == index[None, :]) & (n[None, :] < N)  # [BLOCK_N, BLOCK_N]
+    times = tl.sum(same.to(tl.int64), 1)
+    before = tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1)
+    tl.atomic_add(Counts + index, times, mask=(n < N) & (before == 0), sem="relaxed")
     for d0 in range(0, D, BLOCK_D):
         mask = (n[:, None] < N) & (d0 + d[None, :] < D)
         z_q = tl.load(E + index[:, None] * D + d0 + d[None, :], mask=mask, other=0.0)
@@ -159,8 +180,11 @@ def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexp
 @jit
 def _sum_kernel(X, Order, Starts, Sums, D: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program a code and block of its row: the sum of the rows of X that Order has for it, in that order."""
-    k, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    end, total = tl.load(Starts + k + 1), tl.zeros([BLOCK_D], ACC)
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    k = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    end = tl.load(Starts + k + 1)
+    total = tl.zeros([BLOCK_D], ACC)
     for i0 in range(tl.load(Starts + k), end, BLOCK_N):
         i = i0 + tl.arange(0, BLOCK_N)
         n = tl.load(Order + i, mask=i < end, other=0)
@@ -186,64 +210,77 @@ def _blocks(N, D, half):
             "num_warps": 8 if large else 4, "num_stages": 3 if half else 2}
 
 
-@torch.library.custom_op("m2::nearest_code", mutates_args=())
+def _in_parts(e):
+    """float32 as the sum of three bfloat16 parts, (3, K, D)."""
+    high = e.bfloat16()
+    rest = e - high
+    middle = rest.bfloat16()
+    return torch.stack([high, middle, (rest - middle).bfloat16()])
+
+
+def _fake_nearest(z, codebook):
+    return z.new_empty(z.shape), *_fake_search(z, codebook)
+
+
+def _save_nearest(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.codes = inputs[1].shape[0]
+    ctx.dtype = inputs[1].dtype
+
+
+def _backward_nearest(ctx, dz_q, *_):
+    indices, = ctx.saved_tensors
+    return None, _sum(dz_q, indices, ctx.codes).to(ctx.dtype)
+
+
+@operator("nearest_code", _fake_nearest, _save_nearest, _backward_nearest)
 def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    z, codebook, (N, D), K = z.contiguous(), codebook.contiguous(), z.shape, len(codebook)
+    z = z.contiguous()
+    codebook = codebook.contiguous()
+    N, D = z.shape
+    K = len(codebook)
     wider = _wider(z, codebook)
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(z.dtype) if z.dtype == codebook.dtype else None
-    constants = _dot_constants(acc_type(wider), half)
+    constants = _dot_constants(acc_type(wider), half) | _blocks(N, D, half is not None)
     e = codebook.to(accumulator(wider))
-    norm, parts = e.square().sum(1), codebook if half else e
+    norm = e.square().sum(1)
     if constants["PARTS"] == 3:
-        high = e.bfloat16()
-        rest = e - high
-        parts = torch.stack([high, rest.bfloat16(), (rest - rest.bfloat16()).bfloat16()])
-    z_q, indices, counts = torch.empty_like(z), z.new_empty(N, dtype=torch.int64), z.new_zeros(K, dtype=torch.int64)
-    blocks = _blocks(N, D, half is not None)
-    with launching(z):
-        _nearest_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](z, codebook, parts, norm, z_q, indices, counts, N, K, D=D,
-                                                              **constants, **blocks)
+        parts = _in_parts(e)
+    else:
+        parts = codebook if half else e
+    z_q = torch.empty_like(z)
+    indices = z.new_empty(N, dtype=torch.int64)
+    counts = z.new_zeros(K, dtype=torch.int64)
+    launch(_nearest_kernel, triton.cdiv(N, constants["BLOCK_N"]), z, codebook, parts, norm, z_q, indices, counts, N, K, D=D,
+           **constants)
     return z_q, indices, counts
 
 
-@_nearest.register_fake
-def _(z, codebook):
-    return z.new_empty(z.shape), *_search(z, codebook)
-
-
-@torch.library.custom_op("m2::sum_by_code", mutates_args=())
-def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
-    x, D = x.contiguous(), x.shape[1]
-    indices, order = torch.sort(indices, stable=True)
-    starts = torch.searchsorted(indices, torch.arange(n_codes + 1, device=x.device))
-    sums = x.new_empty(n_codes, D, dtype=accumulator(x))
-    block = min(triton.next_power_of_2(D), 128)
-    with launching(x):
-        _sum_kernel[(n_codes, triton.cdiv(D, block))](x, order, starts, sums, D=D, ACC=acc_type(x), BLOCK_N=32, BLOCK_D=block)
-    return sums
-
-
-@_sum.register_fake
-def _(x, indices, n_codes):
+def _fake_sum(x, indices, n_codes):
     return x.new_empty(n_codes, x.shape[1], dtype=accumulator(x))
 
 
-def _nearest_save(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.codes, ctx.dtype = inputs[1].shape[0], inputs[1].dtype
-
-
-def _nearest_backward(ctx, dz_q, *_):
-    return None, _sum(dz_q, ctx.saved_tensors[0], ctx.codes).to(ctx.dtype)
-
-
-def _sum_save(ctx, inputs, output):
+def _save_sum(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
     ctx.dtype = inputs[0].dtype
 
 
-_nearest.register_autograd(_nearest_backward, setup_context=_nearest_save)
-_sum.register_autograd(lambda ctx, dsums: (dsums[ctx.saved_tensors[0]].to(ctx.dtype), None, None), setup_context=_sum_save)
+def _backward_sum(ctx, dsums):
+    indices, = ctx.saved_tensors
+    return dsums[indices].to(ctx.dtype), None, None
+
+
+@operator("sum_by_code", _fake_sum, _save_sum, _backward_sum)
+def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
+    x = x.contiguous()
+    D = x.shape[1]
+    indices, order = torch.sort(indices, stable=True)
+    starts = torch.searchsorted(indices, torch.arange(n_codes + 1, device=x.device))
+    sums = x.new_empty(n_codes, D, dtype=accumulator(x))
+    block = min(triton.next_power_of_2(D), 128)
+    launch(_sum_kernel, n_codes * triton.cdiv(D, block), x, order, starts, sums, D=D, ACC=acc_type(x), BLOCK_N=32,
+           BLOCK_D=block)
+    return sums
 
 
 def supports(z, codebook):
@@ -253,43 +290,45 @@ def supports(z, codebook):
     return z.device == codebook.device, f"z is on {z.device}, codebook on {codebook.device}"
 
 
-def nearest_code(z, codebook):
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *,
+                 backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The code nearest to each vector. z (..., D), codebook (K, D), floating -> (z_q, indices, counts).
 
     z_q (..., D), in the type of z: codebook[indices], with that gather's gradient to the codebook and none to z, as the
     codebook and commitment losses want it, |sg(z) - z_q|^2 + beta |z - sg(z_q)|^2. The decoder wants straight_through(z, z_q).
     indices (...) int64 in [0, K); counts (K,) int64, how many vectors took each code. Neither has a gradient. The
     codebook may be computed (SimVQ), or a buffer that an average of sum_by_code(z, indices, K) and counts updates (EMA).
-    Ties, infinities and rounding: at the top of this file. Raises ValueError for shapes that do not fit or an empty
-    codebook, and what use_triton raises.
+    Ties, infinities and rounding: at the top of this file. backend: one of kernels.MODES, for this call. Raises ValueError
+    for shapes that do not fit or an empty codebook, and what use_triton raises.
     """
     if z.dim() < 1 or codebook.dim() != 2 or z.shape[-1] != codebook.shape[1] or not codebook.numel():
         raise ValueError(f"nearest_code: codebook {tuple(codebook.shape)} does not fit z {tuple(z.shape)}")
     if not (z.is_floating_point() and codebook.is_floating_point()):
         raise ValueError(f"nearest_code: z and codebook must be floating, not {z.dtype} and {codebook.dtype}")
-    if use_triton("nearest_code", z, lambda: supports(z, codebook), least=1 << 14):
+    if use_triton("nearest_code", z, lambda: supports(z, codebook), LEAST, backend=backend):
         z_q, indices, counts = _nearest(z.reshape(-1, z.shape[-1]).detach(), codebook)
         return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
     return nearest_code_torch(z, codebook)
 
 
-def straight_through(z, z_q):
+def straight_through(z: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
     """Exactly z_q, for finite z, with the gradient of z: passed on to z as it is, nothing to z_q. Both of one shape."""
     if z.shape != z_q.shape:
         raise ValueError(f"straight_through: z {tuple(z.shape)} and z_q {tuple(z_q.shape)} differ")
     return z_q.detach() + (z - z.detach())
 
 
-def sum_by_code(x, indices, n_codes):
+def sum_by_code(x: torch.Tensor, indices: torch.Tensor, n_codes: int, *, backend: str | None = None) -> torch.Tensor:
     """The sum of the vectors that took each code. x (..., D), indices (...) int64 in [0, n_codes) -> (n_codes, D).
 
-    In float32 for every type but float64; deterministic; differentiable in x. Raises ValueError for shapes that do not
-    fit, and what use_triton raises.
+    In float32 for every type but float64; deterministic; differentiable in x. backend: as of nearest_code. Raises
+    ValueError for shapes that do not fit, and what use_triton raises.
     """
     if x.dim() < 1 or x.shape[:-1] != indices.shape:
         raise ValueError(f"sum_by_code: indices {tuple(indices.shape)} do not fit x {tuple(x.shape)}")
-    x, indices = x.reshape(-1, x.shape[-1]), indices.reshape(-1)
-    if use_triton("nearest_code", x, lambda: supports(x, x), least=1 << 14):
+    x = x.reshape(-1, x.shape[-1])
+    indices = indices.reshape(-1)
+    if use_triton("nearest_code", x, lambda: supports(x, x), LEAST, backend=backend):
         return _sum(x, indices, n_codes)
     return torch.ops.aten.embedding_dense_backward(x.to(accumulator(x)), indices, n_codes, -1, False)
 

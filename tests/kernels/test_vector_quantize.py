@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, agree, compiles, deterministic, gradcheck, leaves, nbytes, opcheck, traffic
+from harness import DEVICE, GRADIENTS, agree, compilations, compiles, deterministic, gradcheck, leaves, nbytes, opcheck, traffic
 
 import kernels
 from kernels import vector_quantize as module
@@ -251,9 +251,9 @@ def test_gradcheck():
 
 def test_as_a_custom_operator():
     z, codebook = inputs(20, 5, 7)
-    opcheck(module._nearest, (z, codebook))
-    opcheck(module._search, (z, codebook))
-    opcheck(module._sum, (z, torch.randint(0, 3, (20,), device=DEVICE), 3))
+    opcheck(module._nearest.operator, (z, codebook))
+    opcheck(module._search.operator, (z, codebook))
+    opcheck(module._sum.operator, (z, torch.randint(0, 3, (20,), device=DEVICE), 3))
 
 
 @pytest.mark.parametrize("form", ["triton", "plain"])
@@ -314,3 +314,41 @@ def test_precision_settings_and_autocast_change_nothing(form, monkeypatch):
 def test_the_plain_form_is_the_reference(large):
     agree(quantise(nearest_code_torch), quantise(nearest_code_reference), inputs(65, 9, 130))
     agree(quantise(nearest_code_torch), quantise(nearest_code_reference), inputs(65, 9, 130), torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_backend_stands_in_for_the_mode(mode, backend, monkeypatch):
+    launched = []
+    launch = module.launch
+
+    def counted(kernel, *args, **more):
+        launched.append(kernel)
+        launch(kernel, *args, **more)
+
+    monkeypatch.setattr(module, "launch", counted)
+    monkeypatch.setattr(kernels, "mode", mode)
+    z, codebook = torch.randn(20, 5, device=DEVICE), torch.randn(7, 5, device=DEVICE)
+    z_q, indices, _ = nearest_code(z, codebook, backend=backend)
+    sums = sum_by_code(z, indices, 7, backend=backend)
+    assert len(launched) == (2 if backend == "triton" else 0)
+    torch.testing.assert_close(sums, torch.zeros(7, 5, device=DEVICE).index_add_(0, indices, z))
+    torch.testing.assert_close(z_q, codebook[indices])
+
+
+@pytest.mark.parametrize("used", [1, 2, 3])
+def test_counts_of_a_collapsed_codebook(used):
+    """All vectors share few codes, in programs that are full and one that is not; equal codes give the lowest index."""
+    codebook = torch.full((9, 4), 50.0, device=DEVICE)
+    codebook[:used] = torch.arange(used, device=DEVICE)[:, None].float()
+    wanted = torch.randint(0, used, (77,), device=DEVICE)
+    _, indices, counts = nearest_code(codebook[wanted], codebook)
+    assert torch.equal(indices, wanted)
+    assert torch.equal(counts, torch.bincount(wanted, minlength=9))
+
+
+def test_few_compilations_for_many_sizes(monkeypatch):
+    with compilations(module, monkeypatch) as keys:
+        for n in range(10, 110, 10):
+            nearest_code(torch.randn(n, 8, device=DEVICE), torch.randn(16 + n, 8, device=DEVICE))
+    assert len(keys) <= 4, keys

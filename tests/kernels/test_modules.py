@@ -21,7 +21,9 @@ from kernels.modules import (
     VectorQuantizer,
 )
 
-SPLIT, CHANNELS, BINS = 2, 5, 4
+SPLIT = 2
+CHANNELS = 5
+BINS = 4
 CHECKERS = torch.tensor([[1, 0, 1], [0, 1, 0]])
 
 
@@ -222,7 +224,8 @@ def test_vectors_of_a_half_type(decay, autocast):
 
 
 def test_a_codebook_of_one_form_loads_into_the_other():
-    trained, averaged = VectorQuantizer(4, 2), VectorQuantizer(4, 2, decay=0.9)
+    trained = VectorQuantizer(4, 2)
+    averaged = VectorQuantizer(4, 2, decay=0.9)
     missing, unexpected = averaged.load_state_dict(trained.state_dict(), strict=False)
     assert set(missing) == {"counts", "sums"} and not unexpected and torch.equal(averaged.codebook, trained.codebook)
 

@@ -551,7 +551,8 @@ def _spec(kernel, dtype, registers=255, k=(3, 3), C=64, N=64, **more):
     sides = (N, C) if kernel == "_conv_dx_kernel" else (C, N)  # channels in and out
     args |= {"BLOCK_M": m, "BLOCK_N": _block(sides[1], n), "BLOCK_K": _block(sides[0], c)} | more
     matrix = dtype in ("fp16", "bf16") and kernel != "_gate_bwd_kernel"  # float32 with "ieee" precision: none on NVIDIA
-    name = ", ".join([dtype, f"{k[0]}x{k[1]}, {C} to {N}", *(f"no {key.lower()}" for key, value in more.items() if not value)])
+    sizes = f"{N} channels" if kernel == "_gate_bwd_kernel" else f"{k[0]}x{k[1]}, {C} to {N}"
+    name = ", ".join([dtype, sizes, *(f"no {key.lower()}" for key, value in more.items() if not value)])
     return Spec(kernel, name, args, num_stages=3, registers=registers, matrix=matrix,
                 vector=C % 16 == N % 16 == 0 and C * N > 256)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import accumulator
 from .coupling import affine_coupling, spline_coupling
 from .group_norm import group_norm_silu
 from .masked_conv import gated_masked_conv2d, live_taps, masked_conv2d
@@ -143,11 +144,12 @@ class SplineCoupling(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """The nearest of K codes for every vector. z (..., D) floating -> (z_q, indices, loss).
+    """The nearest of K codes for every vector. z (..., D) floating -> (z_q, indices, loss). For images (B, D, H, W) give
+    z.movedim(1, -1).
 
     z_q (..., D), in the type of z: the codes, with the gradient of z (straight through). indices (...) int64 in [0, K).
-    loss, to be added to the model's: beta |z - sg(z_q)|^2, in the mean over elements, which keeps z near its code, and
-    without decay |sg(z) - z_q|^2, which trains the codebook. For images (B, D, H, W) give z.movedim(1, -1).
+    loss, to be added to the model's, in float32 (float64 for float64), means over elements: beta |z - sg(z_q)|^2, which keeps
+    z near its code, and without decay |sg(z) - z_q|^2, which trains the codebook.
 
     codebook (K, D) is a parameter; with decay, 0 to 1, it is a buffer instead, and follows moving averages of the vectors
     that took each code, in training mode, over all processes of torch.distributed. A state_dict of one form has the codebook
@@ -170,9 +172,11 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z_q, indices = nearest_code(z, self.codebook)[:2]
-        loss = self.beta * F.mse_loss(z, z_q.detach())
+        z_wide = z.to(accumulator(z))
+        z_q_wide = z_q.to(accumulator(z))
+        loss = self.beta * F.mse_loss(z_wide, z_q_wide.detach())
         if self.decay is None:
-            loss = loss + F.mse_loss(z_q, z.detach())
+            loss = loss + F.mse_loss(z_q_wide, z_wide.detach())
         elif self.training:
             self._update(z.detach(), indices)
         return straight_through(z, z_q), indices, loss

@@ -71,7 +71,8 @@ def sees(mask_type, i, j, r, s):
 @pytest.mark.parametrize("mask_type, k", [(m, k) for m in MASKS for k in ((3, 3), (5, 5), (1, 5))
                                           if (m, k) != ("vertical A", (1, 5))] + [("B", (1, 1))])
 def test_the_jacobian_is_zero_exactly_where_the_mask_says(form, mask_type, k):
-    H, W = 3, 4
+    H = 3
+    W = 4
     x = torch.randn(1, 1, H, W, device=DEVICE).repeat(H * W, 1, 1, 1).requires_grad_()  # an image an output pixel
     weight = torch.rand(1, 1, *k, device=DEVICE) + 0.5  # no two cancel
     y = PLAIN[form](x, weight, None, mask_type)
@@ -165,7 +166,8 @@ def test_gradients_of_any_stride(gradient):
 def test_slices(dim):
     x, weight, bias, cond = inputs((2, 4, 4, 4), 8, cond="map")
     part = (slice(None),) * dim + (slice(None, None, 2),)
-    x, weight = x[part], weight.transpose(2, 3)[::2, ::2 if dim == 1 else 1]
+    x = x[part]
+    weight = weight.transpose(2, 3)[::2, ::2 if dim == 1 else 1]
     agree(masked_conv2d, masked_conv2d_reference, (x, weight, bias[::2]))
     cond = cond[:, ::2][part] if dim != 1 else cond[:, 1::2]
     agree(gated_masked_conv2d, gated_masked_conv2d_reference, (x, weight, bias[::2], cond))
@@ -323,9 +325,16 @@ def asked(H, W, k, taps):
 @pytest.mark.skipif(not kernels.INTERPRETING, reason="bytes are counted in the interpreter")
 def test_bytes(small):
     """What is stated: x once a live tap and block of output channels, weights once a block of pixels, the rest once."""
-    (B, C, H, W), N, taps = (2, 16, 4, 4), 32, 4
-    x, weight, bias = inputs((B, C, H, W), N, channels_last=True)
-    live, pixels, blocks_m, blocks_n, blocks_c = taps * C * N, B * H * W, 2, 2, 1
+    shape = (2, 16, 4, 4)
+    B, C, H, W = shape
+    N = 32
+    taps = 4
+    x, weight, bias = inputs(shape, N, channels_last=True)
+    live = taps * C * N
+    pixels = B * H * W
+    blocks_m = 2
+    blocks_n = 2
+    blocks_c = 1
     reach = B * asked(H, W, 3, taps)  # at most taps * pixels: the border is not read
     assert reach < taps * pixels
     with traffic() as moved:

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, assert_near, leaves
+from harness import DEVICE, TOLERANCE, assert_near, leaves
 from torch import nn
 
 import kernels
+from kernels import modules
 from kernels.coupling import affine_coupling_reference, spline_coupling_reference
 from kernels.masked_conv import gated_masked_conv2d_reference, masked_conv2d_reference
 from kernels.modules import (
@@ -20,7 +21,9 @@ from kernels.modules import (
     VectorQuantizer,
 )
 
-SPLIT, CHANNELS, BINS = 2, 5, 4
+SPLIT = 2
+CHANNELS = 5
+BINS = 4
 CHECKERS = torch.tensor([[1, 0, 1], [0, 1, 0]])
 
 
@@ -189,8 +192,40 @@ def test_moving_averages():
     assert all(torch.equal(a, before[name]) for name, a in module.state_dict().items())
 
 
+def test_moving_averages_over_processes(monkeypatch):
+    """Two processes with a batch each move the codebook as one with both does; here they have the same batch."""
+    one = VectorQuantizer(4, 2, decay=0.7).to(DEVICE)
+    two = copy.deepcopy(one)
+    z = torch.randn(9, 2, device=DEVICE)
+    one(torch.cat([z, z]))
+    monkeypatch.setattr(modules.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(modules.dist, "all_reduce", lambda a: a.mul_(2))
+    two(z)
+    for name, a in one.state_dict().items():
+        assert_near(two.state_dict()[name], a, 1e-6, name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_vectors_of_a_half_type(decay, autocast):
+    """Beside a codebook in float32, which stays so; the loss is not rounded to the type of z."""
+    module = VectorQuantizer(7, 3, decay=decay).to(DEVICE)
+    z = images(3).movedim(1, -1).bfloat16().requires_grad_()
+    kept = module.codebook.detach().clone()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        z_q, indices, loss = module(z)
+    assert z_q.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert_near(z_q, kept[indices], TOLERANCE[torch.bfloat16])
+    distance = z.double() - z_q.double()
+    assert_near(loss, distance.square().mean() * (0.25 if decay else 1.25), 1e-6)
+    (loss + z_q.sum()).backward()
+    assert z.grad.dtype == torch.bfloat16 and module.codebook.dtype == torch.float32
+    assert decay or module.codebook.grad.dtype == torch.float32
+
+
 def test_a_codebook_of_one_form_loads_into_the_other():
-    trained, averaged = VectorQuantizer(4, 2), VectorQuantizer(4, 2, decay=0.9)
+    trained = VectorQuantizer(4, 2)
+    averaged = VectorQuantizer(4, 2, decay=0.9)
     missing, unexpected = averaged.load_state_dict(trained.state_dict(), strict=False)
     assert set(missing) == {"counts", "sums"} and not unexpected and torch.equal(averaged.codebook, trained.codebook)
 

@@ -14,7 +14,8 @@ nothing of T x T is ever stored. Beside o only the log-sum-exp of every row is k
 Least bytes, n = bytes of q: forward 4n, backward 8n. By design each of the T / BLOCK tiles reads its counterparts again,
 on a GPU from L2: forward moves (2 + 2 tiles) n, dq (4 + 2 tiles) n, dk and dv (4 + 2 tiles) n, with half as many tiles, rounded
 up, under a causal mask; the bias gradient reads 4n for each of the H rows of the image and each tile of a row. With a bias
-each pass besides reads an entry of the table for every score, from the table's few kilobytes in the L1 cache.
+each pass besides reads an entry of the table for every score, from the table's few kilobytes in the L1 cache. Where heads
+share keys, dk and dv are written in float32 for every head of q, and then added up.
 
 When not: without a bias PyTorch's own kernels are faster, and mode "auto" takes those; "strict" is their "causal" over keys
 one earlier. With a bias the rival is torch.nn.attention.flex_attention, whose score_mod can look the table up when it is
@@ -258,42 +259,39 @@ def _attention_dkv_kernel(Q, K, V, DO, Table, Lse, Delta, DK, DV, q_b, q_h, q_t,
                           do_b, do_h, do_t, scale, n_head, group, T, T_k, H, W, LAG: tl.constexpr, BIAS: tl.constexpr,
                           SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
                           STEP: tl.constexpr, DOT: tl.constexpr, TF32: tl.constexpr):
-    """A program a tile of keys of a head, over tiles of queries of all heads of its group: dk = scale ds q, dv = p do."""
+    """A program a tile of keys, for a head of q, over tiles of queries: dk = scale ds q, dv = p do, of that head alone."""
     ACC: tl.constexpr = Lse.dtype.element_ty
-    n_head_kv = n_head // group
-    image, head_kv, tile = _place(tl.cdiv(T_k, BLOCK), n_head_kv)
+    image, head, tile = _place(tl.cdiv(T_k, BLOCK), n_head)
     j0 = tile * BLOCK
     j = j0 + tl.arange(0, BLOCK)
-    k = _load(_head(K, image, head_kv, k_b, k_h), j0, k_t, T_k, HEAD_DIM, BLOCK_D, BLOCK).to(DOT)  # [BLOCK, BLOCK_D]
-    v = _load(_head(V, image, head_kv, v_b, v_h), j0, v_t, T_k, HEAD_DIM, BLOCK_D, BLOCK).to(DOT)
+    Q = _head(Q, image, head, q_b, q_h)
+    DO = _head(DO, image, head, do_b, do_h)
+    Lse = _of_rows(Lse, image, head, n_head, T)
+    Delta = _of_rows(Delta, image, head, n_head, T)
+    Table = _of_table(Table, head, H, W)
+    k = _load(_head(K, image, head // group, k_b, k_h), j0, k_t, T_k, HEAD_DIM, BLOCK_D, BLOCK).to(DOT)  # [BLOCK, BLOCK_D]
+    v = _load(_head(V, image, head // group, v_b, v_h), j0, v_t, T_k, HEAD_DIM, BLOCK_D, BLOCK).to(DOT)
     dk = tl.zeros([BLOCK, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK, BLOCK_D], ACC)
     start, inner = _queries(j0, T, LAG, SPLIT, BLOCK, STEP)
-    for member in range(group):
-        head = head_kv * group + member
-        Q_head = _head(Q, image, head, q_b, q_h)
-        DO_head = _head(DO, image, head, do_b, do_h)
-        Lse_head = _of_rows(Lse, image, head, n_head, T)
-        Delta_head = _of_rows(Delta, image, head, n_head, T)
-        Table_head = _of_table(Table, head, H, W)
-        for MASKED in tl.static_range(0 if SPLIT or LAG < 0 else 1, 2 if LAG >= 0 else 1):
-            for i0 in range(start if MASKED else inner, inner if MASKED else T, STEP):
-                i = i0 + tl.arange(0, STEP)
-                q = _load(Q_head, i0, q_t, T, HEAD_DIM, BLOCK_D, STEP).to(DOT)  # [STEP, BLOCK_D]
-                do = _load(DO_head, i0, do_t, T, HEAD_DIM, BLOCK_D, STEP).to(DOT)
-                lse = tl.load(Lse_head + i, mask=i < T, other=float("inf"))  # so that p is 0 behind the end
-                delta = tl.load(Delta_head + i, mask=i < T, other=0.0)
-                kq = _dot(k, tl.trans(q), None, TF32)  # [BLOCK, STEP]
-                s = _scores(kq, i[None, :], j[:, None], scale, Table_head, T, W, BIAS)
-                if MASKED:
-                    s = _seen(s, i[None, :], j[:, None], T_k, LAG)
-                p = tl.exp2(s - lse[None, :])
-                dv = _dot(p.to(DOT), do, dv, TF32)
-                ds = p * (_dot(v, tl.trans(do), None, TF32) - delta[None, :])
-                dk = _dot(ds.to(DOT), q, dk, TF32)
-    _store(dk * tl.cast(scale, ACC), _packed(DK, image, head_kv, n_head_kv, T_k, HEAD_DIM), j0, n_head_kv * HEAD_DIM, T_k,
+    for MASKED in tl.static_range(0 if SPLIT or LAG < 0 else 1, 2 if LAG >= 0 else 1):
+        for i0 in range(start if MASKED else inner, inner if MASKED else T, STEP):
+            i = i0 + tl.arange(0, STEP)
+            q = _load(Q, i0, q_t, T, HEAD_DIM, BLOCK_D, STEP).to(DOT)  # [STEP, BLOCK_D]
+            do = _load(DO, i0, do_t, T, HEAD_DIM, BLOCK_D, STEP).to(DOT)
+            lse = tl.load(Lse + i, mask=i < T, other=float("inf"))  # so that p is 0 behind the end
+            delta = tl.load(Delta + i, mask=i < T, other=0.0)
+            kq = _dot(k, tl.trans(q), None, TF32)  # [BLOCK, STEP]
+            s = _scores(kq, i[None, :], j[:, None], scale, Table, T, W, BIAS)
+            if MASKED:
+                s = _seen(s, i[None, :], j[:, None], T_k, LAG)
+            p = tl.exp2(s - lse[None, :])
+            dv = _dot(p.to(DOT), do, dv, TF32)
+            ds = p * (_dot(v, tl.trans(do), None, TF32) - delta[None, :])
+            dk = _dot(ds.to(DOT), q, dk, TF32)
+    _store(dk * tl.cast(scale, ACC), _packed(DK, image, head, n_head, T_k, HEAD_DIM), j0, n_head * HEAD_DIM, T_k,
            HEAD_DIM, BLOCK_D, BLOCK)
-    _store(dv, _packed(DV, image, head_kv, n_head_kv, T_k, HEAD_DIM), j0, n_head_kv * HEAD_DIM, T_k, HEAD_DIM, BLOCK_D, BLOCK)
+    _store(dv, _packed(DV, image, head, n_head, T_k, HEAD_DIM), j0, n_head * HEAD_DIM, T_k, HEAD_DIM, BLOCK_D, BLOCK)
 
 
 @jit
@@ -352,7 +350,7 @@ TILES = {  # (kind of GPU, bytes of an element, of a row): (BLOCK, STEP, num_war
     # and of dbias without a STEP
     ("sm_80", 2, 128): ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2), (32, 4, 2)),
     ("sm_80", 2, 256): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (16, 4, 2)),
-    ("sm_80", 2, 512): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 8, 2)),
+    ("sm_80", 2, 512): ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 8, 2)),
     ("sm_80", 4, 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 4, 2)),
     ("sm_80", 4, 512): ((16, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2), (32, 8, 2)),
     ("sm_80", 4, 1024): ((16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1), (16, 8, 2)),
@@ -372,8 +370,8 @@ TILES = {  # (kind of GPU, bytes of an element, of a row): (BLOCK, STEP, num_war
 MOST = {"gfx11": 64}  # the largest head_dim; with 128 a tile would need more registers than there are
 
 
-def _tiles(kernel, gpu, element_size, head_dim, grouped):
-    """Constants of a kernel, FWD, DQ, DKV or DBIAS, for a kind of GPU; grouped: heads share keys."""
+def _tiles(kernel, gpu, element_size, head_dim):
+    """Constants of a kernel, FWD, DQ, DKV or DBIAS, for a kind of GPU."""
     block_d = triton.next_power_of_2(head_dim)
     size = min(element_size, 4)
     row = max(64 * size, block_d * element_size)
@@ -382,21 +380,18 @@ def _tiles(kernel, gpu, element_size, head_dim, grouped):
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK": blocks[0], "num_warps": num_warps, "num_stages": num_stages}
     if kernel == DBIAS:
         return constants
-    constants |= {"STEP": blocks[1], "SPLIT": gpu != "gfx11"}
-    if kernel == DKV and grouped:  # a loop more, which takes registers
-        constants |= {"BLOCK": blocks[0] if size == 2 else 16, "STEP": max(16, blocks[1] // 2), "num_stages": 1}
-    return constants
+    return constants | {"STEP": blocks[1], "SPLIT": gpu != "gfx11"}
 
 
 @functools.lru_cache
-def _constants(kernel, gpu, dtype, head_dim, lag, grouped, tf32):
-    return {"LAG": lag, "DOT": dot_type(dtype), "TF32": tf32} | _tiles(kernel, gpu, dtype.itemsize, head_dim, grouped)
+def _constants(kernel, gpu, dtype, head_dim, lag, tf32):
+    return {"LAG": lag, "DOT": dot_type(dtype), "TF32": tf32} | _tiles(kernel, gpu, dtype.itemsize, head_dim)
 
 
-def _chosen(kernel, q, k, lag):
+def _chosen(kernel, q, lag):
     """The constants with which a kernel is launched: FWD, DQ, DKV or DBIAS."""
     tf32 = torch.version.hip is None and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32"
-    return _constants(kernel, gpu_kind(q.device), q.dtype, q.shape[-1], lag, q.shape[1] != k.shape[1], tf32)
+    return _constants(kernel, gpu_kind(q.device), q.dtype, q.shape[-1], lag, tf32)
 
 
 # ---- operators
@@ -405,6 +400,21 @@ def _chosen(kernel, q, k, lag):
 def _new(x):
     """Room for a result of the shape of x that lies (B, T, n_head, head_dim), as the layer behind attention reads it."""
     return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _room(k, n_head):
+    """Room for the gradient of k; where heads of q share those of k, for one a head of q, in the type of accumulation."""
+    B, n_head_kv, T, head_dim = k.shape
+    if n_head == n_head_kv:
+        return _new(k)
+    return k.new_empty(B, T, n_head, head_dim, dtype=accumulator(k)).transpose(1, 2)
+
+
+def _summed(dk, k):
+    """The gradient of k, of what _room gave: the sum over the heads of q that share it."""
+    if dk.shape == k.shape:
+        return dk
+    return dk.transpose(1, 2).unflatten(2, (k.shape[1], -1)).sum(3).to(k.dtype).transpose(1, 2)
 
 
 def _image(q, bias):
@@ -442,7 +452,7 @@ def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor |
     B, n_head, T, _ = q.shape
     q, k, v, strides = _rows(q, k, v)
     table, H, W = _image(q, bias)
-    constants = _chosen(FWD, q, k, lag)
+    constants = _chosen(FWD, q, lag)
     out = _new(q)
     lse = q.new_empty(B, n_head, T, dtype=accumulator(q))
     programs = B * n_head * triton.cdiv(T, constants["BLOCK"])
@@ -468,19 +478,21 @@ def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bi
     sizes = _sizes(q, k, scale, H, W)
     delta = torch.empty_like(lse)
     dq = _new(q)
-    constants = _chosen(DQ, q, k, lag)
+    constants = _chosen(DQ, q, lag)
     programs = B * n_head * triton.cdiv(T, constants["BLOCK"])
     launch(_attention_dq_kernel, programs, q, k, v, do, table, out, lse, delta, dq, *strides, *sizes, BIAS=bias is not None,
            **constants)
-    dk = _new(k)
-    dv = _new(v)
-    constants = _chosen(DKV, q, k, lag)
-    programs = B * k.shape[1] * triton.cdiv(k.shape[2], constants["BLOCK"])
+    dk = _room(k, n_head)
+    dv = _room(v, n_head)
+    constants = _chosen(DKV, q, lag)
+    programs = B * n_head * triton.cdiv(k.shape[2], constants["BLOCK"])
     launch(_attention_dkv_kernel, programs, q, k, v, do, table, lse, delta, dk, dv, *strides, *sizes, BIAS=bias is not None,
            **constants)
+    dk = _summed(dk, k)
+    dv = _summed(dv, v)
     if not need_dbias:
         return dq, dk, dv, q.new_empty(0)
-    constants = _chosen(DBIAS, q, k, lag)
+    constants = _chosen(DBIAS, q, lag)
     block = min(constants["BLOCK"], max(16, triton.next_power_of_2(W)))
     cuts = triton.cdiv(W, block)
     programs = n_head * (2 * H - 1) * (2 * cuts - 1)
@@ -547,22 +559,22 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str | tor
 KERNELS = "_attention_fwd_kernel", "_attention_dq_kernel", "_attention_dkv_kernel", "_attention_dbias_kernel"
 
 
-def _spec(kernel, dtype, head_dim=64, mask=None, bias=True, group=1, tf32=False, registers=255):
-    """A variant with what a launch would choose on each target: group a number, or "i32" for keys that heads share."""
+def _spec(kernel, dtype, head_dim=64, mask=None, bias=True, tf32=False, registers=255):
+    """A variant with what a launch would choose on each target."""
     size = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
     constants = {}
     for target, gpu in {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "gfx942": "gfx9", "gfx1100": "gfx11"}.items():
         constants[target] = None
         if head_dim <= MOST.get(gpu, 256):
-            constants[target] = _tiles(kernel, gpu, size, head_dim, group != 1) | {"TF32": tf32 and gpu[:2] == "sm"}
+            constants[target] = _tiles(kernel, gpu, size, head_dim) | {"TF32": tf32 and gpu[:2] == "sm"}
     args = dict.fromkeys(("Q", "K", "V", "DO", "Out", "DQ", "DK", "DV"), f"*{dtype}")
     args |= dict.fromkeys(("Table", "Lse", "Delta", "DTable"), "*fp32")
-    args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images"), "i32") | {"scale": "fp32", "group": group}
+    args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images"), "i32") | {"scale": "fp32", "group": 1}
     args |= {"LAG": LAGS[mask], "BIAS": bias, "DOT": {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]}
     usual = constants.pop("sm_80")  # and sm_86, sm_89 and sm_120
     args |= usual
     name = ", ".join([dtype, f"head_dim {head_dim}", *filter(None, [mask, bias and kernel != DBIAS and "bias",
-                                                                  group != 1 and "shared keys", tf32 and "tf32"])])
+                                                                  tf32 and "tf32"])])
     # float32 products with all digits use no matrix unit on sm_80
     return Spec(KERNELS[kernel], name, {x: args.get(x, "i32:16") for x in globals()[KERNELS[kernel]].arg_names},  # strides
                 usual["num_warps"], usual["num_stages"], registers, vector=head_dim > 16, matrix=dtype != "fp32",
@@ -582,12 +594,10 @@ AOT_SPECS = [] if triton is None else [
     *_passes("bf16", 64, "strict", False),
     *_passes("bf16", 128, "causal", True),
     _spec(FWD, "fp16", 64),
-    _spec(DKV, "bf16", 64, "causal", group="i32"),
 ]
 AOT_MORE = [] if triton is None else [  # without a mask, without a bias and in float16 the same tiles take about as much
     *(spec for dtype in ("fp32", "bf16") for spec in _passes(dtype, 64, None, True)),
     *(spec for dtype in ("fp32", "bf16") for head_dim in (16, 40, 128, 256)
       for spec in _passes(dtype, head_dim, "causal", True) if spec not in AOT_SPECS),
-    *(_spec(DKV, dtype, head_dim, "causal", group="i32") for dtype in ("fp32", "bf16") for head_dim in (16, 128, 256)),
     *(spec for head_dim in (128, 256) for spec in _passes("fp32", head_dim, "causal", True, tf32=True)),
 ]

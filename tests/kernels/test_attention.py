@@ -316,10 +316,9 @@ def test_every_size_has_tiles(gpu, element_size):
     most = module.MOST.get(gpu, 256) // (2 if element_size == 8 else 1)
     for head_dim in range(16, most + 1):
         for kernel in range(4):
-            for grouped in (False, True):
-                tiles = module._tiles(kernel, gpu, element_size, head_dim, grouped)
-                sizes = tiles["BLOCK"], tiles.get("STEP", 16)
-                assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+            tiles = module._tiles(kernel, gpu, element_size, head_dim)
+            sizes = tiles["BLOCK"], tiles.get("STEP", 16)
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("major, gpu", [(8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_80")])

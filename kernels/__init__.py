@@ -45,7 +45,7 @@ OPS = {  # operation: its file
     "masked_conv2d": "masked_conv",
     "gated_masked_conv2d": "masked_conv",
     "affine_coupling": "coupling",
-    "spline_coupling": "coupling",
+    "spline_coupling": "spline",
     "nearest_code": "vector_quantize",
     "logistic_mixture": "logistic_mixture",
     "bias_act": "bias_act",

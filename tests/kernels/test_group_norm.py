@@ -143,7 +143,7 @@ def test_no_second_derivative():
     x, groups, weight, bias = inputs(SHAPES[1])
     x.requires_grad_()
     first, = torch.autograd.grad(group_norm_silu(x, groups, weight, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no derivative"):
         first.sum().backward()
 
 

@@ -187,4 +187,4 @@ def test_what_a_kernel_does_not_take_is_one_line(tmp_path, capsys):
         diffusion.launch(lambda: diffusion.main(flags.split()))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1
-    assert "error: --kernels triton: attention: " in line and "head_dim 8" in line
+    assert "error: --kernels: attention: " in line and "head_dim 8" in line

@@ -234,3 +234,4 @@ class Spec(NamedTuple):
     vector: bool = True  # loads of at least 8 bytes a thread must be there
     matrix: bool = False  # matrix instructions must be there
     hip: dict = {}  # what is otherwise on AMD: constants, num_warps, num_stages
+    own: dict = {}  # target of tools/kernel_report.py: the same of that one, or None where no launch chooses this variant

@@ -10,6 +10,7 @@ What was compiled is kept in a cache, by the sources, the variant, the target an
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -43,8 +44,8 @@ MATRIX = {"cuda": r"tcgen05\.mma|wgmma\.mma_async|mma\.sync", "hip": r"v_mfma|v_
 
 
 def files():
-    """The names of the kernel files."""
-    return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if "AOT_SPECS = " in p.read_text())
+    """The names of the files that define kernels."""
+    return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if re.search(r"^def _\w+_kernel\(", p.read_text(), re.M))
 
 
 def resources(backend, asm):
@@ -70,35 +71,41 @@ def variants(file, more=False):
     return [*module.AOT_SPECS, *(getattr(module, "AOT_MORE", ()) if more else ())]
 
 
+def sources(name, found=()):
+    """Names of the files that a file of kernels/ is made of: itself, and what it imports from there, in turn."""
+    found = (*found, name)
+    for part in re.findall(r"^from \.(\w*) import", (ROOT / "kernels" / f"{name}.py").read_text(), re.M):
+        if (part or "__init__") not in found:
+            found = sources(part or "__init__", found)
+    return found
+
+
 def key(file, spec, target):
-    """What the result of a compilation depends on, as a name for the cache."""
+    """A name in the cache for what the result of a compilation depends on."""
     import triton
 
-    source = (ROOT / "kernels" / f"{file}.py").read_text()
-    parts = ["__init__", *sorted(re.findall(r"^from \.(\w+) import", source, re.M))]
-    texts = [source, Path(__file__).read_text(), *((ROOT / "kernels" / f"{part}.py").read_text() for part in parts)]
-    return hashlib.sha256("\0".join([*texts, repr(spec), target, triton.__version__]).encode()).hexdigest()
+    texts = [(ROOT / "kernels" / f"{name}.py").read_text() for name in sorted(sources(file))]
+    what = [*texts, Path(__file__).read_text(), repr(spec), target, triton.__version__]
+    return hashlib.sha256("\0".join(what).encode()).hexdigest()
 
 
 def compile_one(file, index, target):
     """One row of the report, a kernel's variant on a target: from the cache where it was compiled before."""
     spec = variants(file, more=True)[index]
     kept = CACHE / f"{key(file, spec, target)}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError):  # not there, or cut short
         return json.loads(kept.read_text())
-    except (OSError, ValueError):
-        row = compile_spec(file, spec, target)
-    try:
+    row = compile_spec(file, spec, target)
+    with contextlib.suppress(OSError):  # a folder that cannot be written
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(row))
         part.replace(kept)
-    except OSError:  # no home folder, or one that cannot be written
-        pass
     return row
 
 
 def compile_spec(file, spec, target):
+    """A row, compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -141,8 +148,11 @@ def build(only=None, targets=TARGETS, more=False):
     """Every row, two processes at a time."""
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     sys.path.insert(0, str(ROOT))
-    jobs = [(file, i, target) for file in files() if only in (None, file)
-            for i, spec in enumerate(variants(file, more)) for target in targets if spec.own.get(target, {}) is not None]
+    jobs = [(file, i, target) for file in files() if only in (None, file) for i, spec in enumerate(variants(file, more))
+            for target in targets if spec.own.get(target, {}) is not None]
+    for kept in CACHE.glob("*"):  # of sources of a month ago
+        if kept.stat().st_mtime < time.time() - 30 * 24 * 3600:
+            kept.unlink(missing_ok=True)
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True)))
 

@@ -166,11 +166,13 @@ def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexp
     index = tl.min(tl.where(best == nearest[:, None], start + col[None, :], K), 1)
     index = tl.where(nearest > -float("inf"), index, 0).to(tl.int64)
     tl.store(Indices + n, index, mask=n < N)
-    # One addition for all vectors of the program that share a code, so that a collapsed codebook does not queue up for it.
-    same = (index[:, None] == index[None, :]) & (n[None, :] < N)  # [BLOCK_N, BLOCK_N]
-    times = tl.sum(same.to(tl.int64), 1)
-    before = tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1)
-    tl.atomic_add(Counts + index, times, mask=(n < N) & (before == 0), sem="relaxed")
+    times = tl.full([BLOCK_N], 1, tl.int64)
+    first = n < N
+    if BLOCK_N > 16:  # many vectors: one addition for all of the program's that share a code, so that a collapsed codebook
+        same = (index[:, None] == index[None, :]) & (n[None, :] < N)  # does not queue up for it. [BLOCK_N, BLOCK_N]
+        times = tl.sum(same.to(tl.int64), 1)
+        first = first & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1) == 0)
+    tl.atomic_add(Counts + index, times, mask=first, sem="relaxed")
     for d0 in range(0, D, BLOCK_D):
         mask = (n[:, None] < N) & (d0 + d[None, :] < D)
         z_q = tl.load(E + index[:, None] * D + d0 + d[None, :], mask=mask, other=0.0)
@@ -345,7 +347,7 @@ def _spec(t, D, N, registers):
 AOT_SPECS = [] if triton is None else [
     _spec("fp32", 64, LARGE, 192),
     _spec("fp32", 64, 0, 104),
-    _spec("fp32", 256, LARGE, 208),
+    _spec("fp32", 256, LARGE, 216),
     _spec("fp32", 256, 0, 104),
     _spec("bf16", 64, LARGE, 104),
     _spec("bf16", 64, 0, 72),

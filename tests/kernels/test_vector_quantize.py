@@ -336,9 +336,11 @@ def test_backend_stands_in_for_the_mode(mode, backend, monkeypatch):
     torch.testing.assert_close(z_q, codebook[indices])
 
 
+@pytest.mark.parametrize("least", [0, 1 << 14])  # programs of 64 vectors, and of 16
 @pytest.mark.parametrize("used", [1, 2, 3])
-def test_counts_of_a_collapsed_codebook(used):
+def test_counts_of_a_collapsed_codebook(used, least, monkeypatch):
     """All vectors share few codes, in programs that are full and one that is not; equal codes give the lowest index."""
+    monkeypatch.setattr(module, "LARGE", least)
     codebook = torch.full((9, 4), 50.0, device=DEVICE)
     codebook[:used] = torch.arange(used, device=DEVICE)[:, None].float()
     wanted = torch.randint(0, used, (77,), device=DEVICE)

@@ -3,7 +3,7 @@
     python tools/kernel_report.py                       # the table, as Markdown
     python tools/kernel_report.py --write               # into docs/kernels-compiled.md, between its two marker lines
     python tools/kernel_report.py --json --only coupling
-    python tools/kernel_report.py --all                 # every variant that a launch can choose: some half an hour
+    python tools/kernel_report.py --all                 # every variant that a launch can choose: allow it an hour
 
 Exits with 1 where a kernel spills, passes its limits, or lacks the loads or matrix instructions that its AOT_SPECS ask for.
 What was compiled is kept in a cache, by the sources, the variant, the target and triton's version.

@@ -4,9 +4,11 @@ On a CPU the wall clock is right. On a GPU CUDA events are: they stand around ea
 L2 cache is flushed before each (triton.testing.do_bench). Gradients are handed over dense, as a network hands them over.
 """
 
+import re
 import statistics
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +17,31 @@ import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ("reference", "plain", "compiled", "compiled reference", "triton")
+SOURCE = {"compiled": "plain", "compiled reference": "reference"}  # what is compiled
 PASSES = ("forward", "backward", "forward+backward")
-QUANTILES = (0.2, 0.5, 0.8)
+
+
+def cases(names, table):
+    """A test's cases; those in table are marked, for tests/benchmarks/table.py."""
+    assert set(table) <= set(names)
+    return pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.table] if n in table else []) for n in names])
+
+
+@lru_cache(maxsize=1)
+def device_name():
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{model[1] if model else 'CPU'} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 @lru_cache(maxsize=1)
 def bandwidth():
-    """Bytes a second that the device's memory moves when a tensor of 256 MiB is copied: the peak of the percentages."""
-    x = torch.empty(1 << 26, device=DEVICE)
-    seconds = times(lambda: x.clone())[1]
-    return 2 * x.numel() * x.element_size() / seconds
+    """Bytes a second that the device's memory moves when 256 MiB are copied: the peak that percentages refer to."""
+    x = torch.ones(1 << 26, device=DEVICE)
+    y = torch.zeros_like(x)
+    return 2 * x.numel() * x.element_size() / times(lambda: y.copy_(x))[1]
 
 
 def synchronize():
@@ -32,20 +49,26 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def times(call, repeats=20):
-    """Seconds of a call, at the quantiles 0.2, 0.5 and 0.8: by CUDA events on a GPU, by the wall clock elsewhere."""
+def quantiles(seconds):
+    """The quantiles 0.2, 0.5 and 0.8 of some times."""
+    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
+    return [cuts[1], cuts[4], cuts[7]]
+
+
+def times(call, least=0.5):
+    """Seconds of a call at the quantiles 0.2, 0.5 and 0.8, of at least 5 calls and so many seconds of them."""
     if DEVICE == "cuda":
         from triton.testing import do_bench
 
-        return [ms / 1000 for ms in do_bench(call, quantiles=list(QUANTILES))]
+        return [ms / 1000 for ms in do_bench(call, rep=int(1000 * least), quantiles=[0.2, 0.5, 0.8])]
     call()
     seconds = []
-    for _ in range(repeats):
+    end = time.perf_counter() + least
+    while len(seconds) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-    return [cuts[1], cuts[4], cuts[7]]
+    return quantiles(seconds)
 
 
 def peak_bytes(f):
@@ -104,10 +127,16 @@ def prepare(f, inputs, passes):
 
 
 def check(got, want, tolerance):
+    """Outputs or gradients within a share of each other and of the largest."""
     for a, b in zip(got, want, strict=True):
         if a is not None:
             atol = tolerance * b.double().abs().max().item()
             torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=atol)
+
+
+def total(parts, passes):
+    """Bytes or operations of a pass: its own, or those of forward and backward together."""
+    return parts[passes] if passes in parts else parts["forward"] + parts["backward"]
 
 
 def run(benchmark, group, impl, passes, forms, inputs, ideal, tolerance=1e-3, flops=None):
@@ -115,21 +144,16 @@ def run(benchmark, group, impl, passes, forms, inputs, ideal, tolerance=1e-3, fl
 
     forms: {"reference": f, "plain": f, "triton": f, ...}, each (*inputs) -> tensor or tuple whose floating tensors are
     differentiated. ideal: least bytes of the passes, {"forward": n, "backward": n}, or with a pass of one's own.
-    flops: the same of floating point operations, where an operation is bound by these.
+    flops: floating point operations of the same passes, where an operation is bound by these.
     """
     if impl == "triton" and DEVICE != "cuda":
         pytest.skip("needs a GPU: the interpreter is never timed")
     if impl == "compiled reference" and DEVICE != "cuda":
-        pytest.skip("on a CPU the compiled form is that of the plain one")
-    if benchmark.disabled and (impl.startswith("compiled") or passes == "backward"):
+        pytest.skip("only on a GPU: a CPU runs the plain form")
+    if benchmark.disabled and (impl in SOURCE or passes == "backward"):
         pytest.skip("only where it is timed")
     benchmark.group = f"{group}, {passes}"
-    source = {"compiled": "plain", "compiled reference": "reference"}.get(impl, impl)
-    f = compiled(forms[source]) if impl.startswith("compiled") else forms[impl]
-
-    def total(parts):
-        return parts.get(passes, sum(parts[p] for p in ("forward", "backward") if p in parts))
-
+    f = compiled(forms[SOURCE[impl]]) if impl in SOURCE else forms[impl]
     mode = kernels.mode
     kernels.mode = "triton" if impl == "triton" else "torch"
     try:
@@ -143,21 +167,20 @@ def run(benchmark, group, impl, passes, forms, inputs, ideal, tolerance=1e-3, fl
         if benchmark.disabled:
             benchmark(call)
             return
-        info = {"op": group, "pass": passes, "impl": impl, "torch": torch.__version__,
-                "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-                "triton": getattr(kernels.triton, "__version__", None),
-                "first_call_s": round(first, 4), "ideal_bytes": total(ideal), "peak_mib": round(peak_bytes(call) / 2**20, 2)}
-        p20, p50, p80 = times(call)
-        info |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
-        info |= {"gb_s": total(ideal) / p50 / 1e9, "percent_of_peak": 100 * total(ideal) / p50 / bandwidth()}
-        if flops:
-            info["tflop_s"] = total(flops) / p50 / 1e12
+        info = {"op": group, "pass": passes, "impl": impl, "device": device_name(), "torch": torch.__version__,
+                "triton": getattr(kernels.triton, "__version__", None), "first_call_s": round(first, 3),
+                "ideal_bytes": total(ideal, passes), "peak_mib": round(peak_bytes(call) / 2**20, 2)}
+        if DEVICE == "cuda":
+            p20, p50, p80 = times(call)
+            benchmark.pedantic(lambda: (call(), synchronize()), rounds=20)  # the wall clock: the CPU's part of a call with it
+        else:
+            benchmark(call)
+            p20, p50, p80 = quantiles(benchmark.stats.stats.data)
+        info |= {"p20_ms": round(1e3 * p20, 5), "p50_ms": round(1e3 * p50, 5), "p80_ms": round(1e3 * p80, 5)}
+        rate = info["ideal_bytes"] / p50
+        info |= {"gb_s": round(rate / 1e9, 2), "percent_of_peak": round(100 * rate / bandwidth(), 1)}
+        if flops and total(flops, passes):
+            info["tflop_s"] = round(total(flops, passes) / p50 / 1e12, 4)
         benchmark.extra_info.update(info)
-
-        def timed():
-            call()
-            synchronize()
-
-        benchmark(timed)
     finally:
         kernels.mode = mode

@@ -1,8 +1,11 @@
-"""attention at the scripts' shapes and two larger ones, with --benchmark-only; memory."""
+"""attention at the scripts' shapes and two larger ones, with --benchmark-only; memory.
+
+Where there is a bias, PyTorch's FlexAttention is timed beside it; on a CPU it has no gradients.
+"""
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, PASSES, peak_bytes, run
+from bench import DEVICE, IMPLS, PASSES, cases, compiled, peak_bytes, run
 
 from kernels import attention as module
 from kernels.attention import attention, attention_reference, attention_torch
@@ -19,6 +22,22 @@ CASES = {  # name: (B, n_head, T, head_dim), H, mask, with a bias
 }
 
 
+def flex(mask, H, W):
+    """Attention with a bias by FlexAttention, compiled: a score_mod looks the table up, a mask leaves whole tiles out."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    seen = {"causal": lambda b, h, i, j: i >= j, "strict": lambda b, h, i, j: i > j}
+    tiles = create_block_mask(seen[mask], None, None, H * W, H * W, device=DEVICE) if mask else None
+
+    def attend(q, k, v, bias):
+        def score_mod(score, b, h, i, j):
+            return score + bias[h, i // W - j // W + H - 1, i % W - j % W + W - 1]
+
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=tiles)
+
+    return compiled(attend)
+
+
 def inputs(shape, H, bias, dtype=torch.float32):
     B, n_head, T, _ = shape
     torch.manual_seed(0)
@@ -27,16 +46,21 @@ def inputs(shape, H, bias, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", (*IMPLS, "flex attention"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@cases(CASES, ("diffusion, mnist", "transformer, mnist", "a position a pixel, strict", "a position a pixel, bias",
+               "a position a pixel, causal, bias"))
 def test_attention(benchmark, case, dtype, impl, passes):
     shape, H, mask, bias = CASES[case]
+    if impl == "flex attention" and (not bias or benchmark.disabled or DEVICE == "cpu" and passes != "forward"):
+        pytest.skip("only with a bias, where it is timed, and on a CPU only without gradients")
     if benchmark.disabled and DEVICE == "cpu":  # once, untimed: a check, for which one head of one image is enough
         shape = (1, 1, *shape[2:])
     x = inputs(shape, H, bias, dtype)
     forms = {"reference": attention_reference, "plain": attention_torch, "triton": attention}
     forms = {name: lambda q, k, v, b=None, f=f: f(q, k, v, mask, bias=b) for name, f in forms.items()}
+    if impl == "flex attention":
+        forms[impl] = flex(mask, H, shape[2] // H)
     n = x[0].numel() * x[0].element_size()
     B, n_head, T, head_dim = shape
     product = 2 * B * n_head * T * T * head_dim / (2 if mask else 1)  # of two T x head_dim matrices; a mask leaves half

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import DEVICE, IMPLS, PASSES, run
+from bench import DEVICE, IMPLS, PASSES, cases, run
 
 from kernels.bias_act import bias_act, bias_act_reference, bias_act_torch
 
@@ -25,7 +25,7 @@ def twice(f):
 @pytest.mark.parametrize("passes", (*PASSES, TWICE))
 @pytest.mark.parametrize("impl", (*IMPLS, "three steps"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@cases(CASES, ("gan, mnist", "64x128x32x32"))
 def test_bias_act(benchmark, case, dtype, impl, passes):
     if impl.startswith("compiled") and passes == TWICE:
         pytest.skip("torch.compile cannot differentiate twice")

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, PASSES, run
+from bench import DEVICE, IMPLS, PASSES, cases, run
 
 from kernels import coupling
 
@@ -60,7 +60,7 @@ def peer(module, x, params, tail_bound, reverse):
 @pytest.mark.parametrize("impl", (*IMPLS, *PEERS))
 @pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
 @dtypes
-@pytest.mark.parametrize("case", CASES)
+@cases(CASES, ("flow, mnist, 2x2 squeezed", "64x12x32x32"))
 def test_spline_coupling(benchmark, case, dtype, reverse, impl, passes):
     time_it(benchmark, "spline_coupling", case, dtype, impl, passes, reverse, {"tail_bound": 3.0}, CASES[case][1] * (3 * K - 1),
             (2 * K + 4, 5 * K + 4))
@@ -69,7 +69,7 @@ def test_spline_coupling(benchmark, case, dtype, reverse, impl, passes):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("impl", IMPLS)
 @dtypes
-@pytest.mark.parametrize("case", CASES)
+@cases(CASES, ("flow, mnist, 2x2 squeezed", "64x12x32x32"))
 def test_affine_coupling(benchmark, case, dtype, impl, passes):
     channels = CASES[case][1]
     time_it(benchmark, "affine_coupling", case, dtype, impl, passes, False, {"mask_or_split": channels // 2}, channels, (3, 4))

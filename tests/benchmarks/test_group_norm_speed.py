@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, PASSES, run
+from bench import DEVICE, IMPLS, PASSES, cases, run
 
 from kernels.group_norm import group_norm_silu, group_norm_silu_reference, group_norm_silu_torch
 
@@ -18,7 +18,7 @@ FORMS = {"reference": group_norm_silu_reference, "plain": group_norm_silu_torch,
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@cases(CASES, ("diffusion, mnist, level 1", "diffusion, mnist, level 2", "64x128x32x32"))
 def test_group_norm_silu(benchmark, case, dtype, impl, passes):
     (shape, groups) = CASES[case]
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Every kernel compiled for eight architectures without a GPU: no spills, vector loads, matrix instructions, small enough.
 
-The usual variants always; with M2_ALL_VARIANTS=1 in the environment every variant that a launch can choose, some half an hour.
+The usual variants always; with M2_ALL_VARIANTS=1 in the environment every variant that a launch can choose: allow it an hour.
 """
 
 import json
@@ -71,32 +71,68 @@ def test_the_page_has_the_table(report):
         assert f"| `{row['file']}.{row['kernel']}` | {row['variant']} |" in table
 
 
-def test_the_cache_is_of_the_source(tmp_path, monkeypatch):
-    """The same is not compiled twice; a changed source, variant, target or part that a file imports is compiled anew."""
-    import kernels.bias_act as module
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """What is compiled, where kernels/ is a copy that a test may change and the cache is empty."""
+    (tmp_path / "kernels").mkdir()
+    for path in (ROOT / "kernels").glob("*.py"):
+        (tmp_path / "kernels" / path.name).write_text(path.read_text())
+    calls = []
 
-    for name in ("bias_act", "attention", "decode_attention", "__init__"):
-        (tmp_path / "kernels").mkdir(exist_ok=True)
-        (tmp_path / "kernels" / f"{name}.py").write_text((ROOT / "kernels" / f"{name}.py").read_text())
-    compiled = []
+    def compile_spec(file, spec, target):
+        calls.append((file, spec.name, target))
+        return {"row": len(calls)}
+
     monkeypatch.setattr(kernel_report, "ROOT", tmp_path)
     monkeypatch.setattr(kernel_report, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(kernel_report, "compile_spec", lambda *args: (compiled.append(args), {"row": len(compiled)})[1])
+    monkeypatch.setattr(kernel_report, "compile_spec", compile_spec)
+    return calls
+
+
+def test_what_is_cached_is_not_compiled_again(compiled):
     first = kernel_report.compile_one("bias_act", 0, "sm_80")
-    assert kernel_report.compile_one("bias_act", 0, "sm_80") == first == {"row": 1} and len(compiled) == 1
-    kernel_report.compile_one("bias_act", 1, "sm_80")
-    kernel_report.compile_one("bias_act", 0, "sm_90")
-    assert len(compiled) == 3
-    for name in ("bias_act", "__init__"):
-        with open(tmp_path / "kernels" / f"{name}.py", "a") as f:
-            f.write("# changed\n")
-        assert kernel_report.compile_one("bias_act", 0, "sm_80") != first
-    assert len(compiled) == 5
-    spec = module.AOT_SPECS[0]
-    before = kernel_report.key("attention", spec, "sm_80")
-    with open(tmp_path / "kernels" / "decode_attention.py", "a") as f:
-        f.write("# changed\n")
-    assert kernel_report.key("attention", spec, "sm_80") != before  # which imports from it
+    assert kernel_report.compile_one("bias_act", 0, "sm_80") == first == {"row": 1}
+    others = [("bias_act", 1, "sm_80"), ("bias_act", 0, "sm_90"), ("group_norm", 0, "sm_80")]
+    assert [kernel_report.compile_one(*job)["row"] for job in others] == [2, 3, 4]
+    assert kernel_report.compile_one("bias_act", 0, "sm_80") == first and len(compiled) == 4
+
+
+@pytest.mark.parametrize("changed", ["attention", "decode_attention", "__init__"])
+def test_a_change_of_the_source_misses_the_cache(compiled, tmp_path, changed):
+    """Of the file, of one that it imports from, or of the package: attention imports from decode_attention."""
+    kernel_report.compile_one("attention", 0, "sm_80")
+    kernel_report.compile_one("bias_act", 0, "sm_80")
+    with open(tmp_path / "kernels" / f"{changed}.py", "a") as file:
+        file.write("# changed\n")
+    assert kernel_report.compile_one("attention", 0, "sm_80") == {"row": 3}
+    kernel_report.compile_one("bias_act", 0, "sm_80")
+    assert len(compiled) == (4 if changed == "__init__" else 3)  # of which bias_act imports the package alone
+
+
+def test_a_change_of_the_variant_or_of_triton_misses_the_cache(monkeypatch):
+    import triton
+
+    spec = kernel_report.variants("bias_act")[0]
+    changed = [spec, spec._replace(num_warps=2), spec._replace(registers=1), spec._replace(args=spec.args | {"TILES": 1})]
+    keys = {kernel_report.key("bias_act", s, "sm_80") for s in changed}
+    monkeypatch.setattr(triton, "__version__", "0")
+    assert len(keys | {kernel_report.key("bias_act", spec, "sm_80")}) == 5
+
+
+def test_a_file_of_the_cache_that_was_cut_short_is_written_again(compiled, tmp_path):
+    kernel_report.compile_one("bias_act", 0, "sm_80")
     for path in (tmp_path / "cache").iterdir():
-        path.write_text("{")  # cut short
-    assert kernel_report.compile_one("bias_act", 0, "sm_80") and len(compiled) == 6
+        path.write_text('{"row"')
+    assert kernel_report.compile_one("bias_act", 0, "sm_80") == kernel_report.compile_one("bias_act", 0, "sm_80") == {"row": 2}
+
+
+def test_further_variants_are_compiled_where_they_are_asked_for(monkeypatch):
+    """AOT_MORE, which a file need not have, behind AOT_SPECS."""
+    import kernels.bias_act as module
+
+    more = [module.AOT_SPECS[0]._replace(name="another")]
+    monkeypatch.delattr(module, "AOT_MORE", raising=False)
+    assert kernel_report.variants("bias_act", more=True) == module.AOT_SPECS
+    monkeypatch.setattr(module, "AOT_MORE", more, raising=False)
+    assert kernel_report.variants("bias_act") == module.AOT_SPECS
+    assert kernel_report.variants("bias_act", more=True) == [*module.AOT_SPECS, *more]

@@ -9,8 +9,8 @@ A chain asks its network many times for one image. The remedy for that is consis
 trained network learns to give the end of the chain from any point of it, in one or two evaluations.
 
 Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v
-(Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022), flow matching (Lipman 2023), consistency
-models (Song 2023) and tuning (Geng 2024), and logit-normal t (Esser 2024).
+(Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022), flow matching (Lipman 2023),
+consistency models (Song 2023) and tuning (Geng 2024), and logit-normal t (Esser 2024).
   q(x_t | x), all schedules ........... SCHEDULES, q_sample   DDPM eq. 4, flow matching eq. 20
   what the network predicts ........... TARGETS, denoise      Salimans sec. 4 and app. D
   training loss ....................... METHODS, loss         DDPM eq. 14
@@ -21,7 +21,7 @@ models (Song 2023) and tuning (Geng 2024), and logit-normal t (Esser 2024).
   python diffusion.py                                         # digits, needs no network
   python diffusion.py --dataset mnist --minutes 10            # MNIST on two CPU cores
   python diffusion.py --dataset mnist --mode sample --num-samples 1000 --guidance 2 --label 7
-  python diffusion.py --dataset mnist --minutes 5 --consistency --init runs/diffusion-mnist --out runs/fast
+  python diffusion.py --dataset mnist --consistency --init runs/diffusion-mnist --out runs/fast
 Result on two CPU cores (Zen 3): digits in 88 s, 1.85 bits/dim; MNIST in 10 minutes, 1.29 bits/dim
 and a Frechet distance of 0.137 (10,000 samples, tools/evaluate.py), where real images have 0.037.
 """
@@ -75,7 +75,7 @@ class Config:
     decoder_logsnr: float = 6.0  # log SNR at which elbo ends the chain of latents and begins the decoder (0 to 14)
     elbo_samples: int = 8  # values of t that elbo draws for each image (1 to 10000)
     sampler: Literal["auto", "ddim", "ddpm", "dpm++", "heun", "consistency"] = "auto"  # auto: dpm++, tuned consistency
-    nfe: int | None = None  # network evaluations, by default 20, tuned 2; guidance takes two at a time (1 to 10000)
+    nfe: int = 0  # network evaluations a sample, 0: 20, tuned 2; guidance takes two at a time (0 to 10000)
     guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     inpaint: str | None = None  # complete test images; given is their left, right, top or bottom, or the white of a mask image
@@ -1154,7 +1154,7 @@ def choose(cfg):
             setattr(cfg, field, value)
     if cfg.sampler == "auto":
         cfg.sampler = "consistency" if cfg.consistency else "dpm++"
-    if cfg.nfe is None:
+    if cfg.nfe == 0:
         cfg.nfe = 2 if cfg.consistency else 20
     return cfg
 
@@ -1185,7 +1185,7 @@ def load(folder, device="cpu"):
 
 def main(argv=None):
     cfg, saved = parse_args(argv)
-    run = Run(cfg, saved)
+    run = Run(choose(cfg), saved)
     if cfg.mode != "sample" or cfg.inpaint:
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)
     mask = read_mask(cfg.inpaint, *run.shape[1:]) if cfg.inpaint else None

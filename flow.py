@@ -10,7 +10,7 @@ numbers how to transform the next one. Forward takes one pass, inverse one posit
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
 (Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021). In this order:
   change of variables, bits/dim ... log_density, log_likelihood       RealNVP eq. 3, Flow++ eq. 12
-  couplings, splines .............. affine_coupling, spline_coupling  RealNVP sec. 3.2, Durkan eqs. 4-8
+  couplings, splines .............. affine_coupling, spline_coupling  RealNVP 3.2, Durkan eqs. 4-8
   autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
   classical flow .................. Step, Glow                        Glow table 1, RealNVP sec. 3.6
   extras .......................... inverse_jacobi, denoise, Dequantizer

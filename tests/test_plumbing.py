@@ -473,7 +473,6 @@ def test_only_what_is_free_may_change(mode, tmp_path, capsys):
 ASKED = {  # what a training may be asked to show besides, and what says that it is not
     "diffusion": (["--inpaint", "left", "--label", "1", "--nfe", "7"], {"inpaint": None}),
     "autoregressive": (["--complete", "top", "--label", "1", "--temperature", "0.5"], {"complete": "no"}),
-    "flow": (["--compare", "mnist", "--temperature", "0.5"], {"compare": None}),
 }
 
 

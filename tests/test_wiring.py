@@ -528,7 +528,7 @@ def training_fields(module):
     lines = tiny.getsource(module.Config).splitlines()
     names = [line.split(":")[0].strip() for line in lines[lines.index("    # training") + 1:]]
     end = next(i for i, name in enumerate(names) if name.startswith("#"))
-    for name in names[:end]:
+    for name in [name for name in names[:end] if name not in ELSEWHERE]:
         cfg, _ = module.parse_args(TABLE[module.__name__][name][1].split())
         yield name, getattr(cfg, name)
 

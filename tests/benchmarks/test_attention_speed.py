@@ -68,7 +68,7 @@ def test_attention(benchmark, case, dtype, impl, passes):
         flops={"forward": 2 * product, "backward": 5 * product}, tolerance=1e-3 if dtype == torch.float32 else 5e-2)
 
 
-@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("passes", ["forward", "forward+backward"])
 @pytest.mark.parametrize("mask, bias", [(None, False), ("causal", False), ("strict", False), (None, True), ("strict", True)])
 def test_memory_grows_linearly(mask, bias, passes, monkeypatch):
     """Twice, 4 and 8 times as many positions, in an image of as many more rows, take at most that much more memory.

@@ -19,7 +19,8 @@ def smooth(x, weight):
 
 def inputs():
     torch.manual_seed(0)
-    return torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(3, 1, 1)
+    x = torch.randn(2, 3, 4, 4, device=bench.DEVICE).to(memory_format=torch.channels_last)
+    return x, torch.randn(3, 1, 1, device=bench.DEVICE)
 
 
 @pytest.mark.parametrize("passes", bench.PASSES)

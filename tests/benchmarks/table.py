@@ -11,8 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import PASSES
-
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs/kernels.md"
 MARKS = "<!-- timings: begin -->", "<!-- timings: end -->"
@@ -32,8 +30,8 @@ def text(rows):
     widths = {"": 22, "p20 ms": 10, "p50 ms": 10, "p80 ms": 10, "GB/s": 9, "% of peak": 10, "TFLOP/s": 9, "x eager": 9,
               "x compiled": 11, "peak MiB": 10}
     lines = ["".join(name.rjust(width) for name, width in widths.items())]
-    order = {name: i for i, name in enumerate(PASSES)}
-    rows = sorted(rows, key=lambda r: (r["op"], order.get(r["pass"], len(order))))
+    passes = list(dict.fromkeys(r["pass"] for r in rows))
+    rows = sorted(rows, key=lambda r: (r["op"], passes.index(r["pass"])))
     before = None
     for r in rows:
         if before != (r["op"], r["pass"]):
@@ -59,7 +57,7 @@ def measure(path):
     """Time the marked cases, forward and both passes, into a file."""
     command = [sys.executable, "-m", "pytest", HERE, "-n", "0", "--benchmark-only", "--benchmark-max-time", "0.5",
                "-m", "table", "-k", "not -backward]", "--kernels-csv", path]
-    subprocess.run(command, check=True, cwd=HERE.parents[1])
+    subprocess.run(command, check=True, cwd=HERE.parents[1], stdout=sys.stderr)  # where the table is printed it is alone
 
 
 def read_csv(path):
@@ -81,19 +79,25 @@ def markdown(rows):
     faster = {impl: [] for impl in columns}
     for op in dict.fromkeys(op for op, _, impl in ms if impl == base):
         own = {p: ms[op, p, base] for p in passes if (op, p, base) in ms}
-        name = op.removesuffix(" torch.float32")
+        name = op.replace(" torch.float32", "")
         cells = {}
         for impl in (*columns, *others):
             ratios = {p: ms[op, p, impl] / t for p, t in own.items() if (op, p, impl) in ms}
             cells[impl] = ", ".join(f"{ratios[p]:.2f}" if p in ratios else "-" for p in own) if ratios else ""
-            if impl in columns:
-                faster[impl] += [f"{name} ({p})" for p in ratios if ratios[p] < 0.95]
+            won = [p for p in ratios if ratios[p] < 0.95]
+            if impl in columns and won:
+                faster[impl].append(f"{name} ({', '.join(won)})")
         another = "; ".join(f"{impl} {cells[impl]}" for impl in others if cells[impl])
         milliseconds = ", ".join(f"{t:.3f}" for t in own.values())
         lines.append(f"| {' | '.join([name, milliseconds, *(cells[impl] for impl in columns), another])} |")
     lines.append("")
     lines += [f"Faster by 5 % or more, {impl}: {'; '.join(places) or 'nowhere'}.\n" for impl, places in faster.items()]
     return "\n".join(lines).rstrip()
+
+
+def unsteady(rows):
+    """How many rows a busy machine has probably spoiled: in them the quantile 0.8 is above 1.5 times that of 0.2."""
+    return sum(float(r["p80_ms"]) > 1.5 * float(r["p20_ms"]) for r in rows)
 
 
 def write(markdown, page=PAGE):
@@ -110,7 +114,9 @@ def main():
         path = args.file or Path(folder) / "timings.csv"
         if not args.file:
             measure(path)
-        page = markdown(read_csv(path))
+        rows = read_csv(path)
+    page = markdown(rows)
+    print(f"{unsteady(rows)} of {len(rows)} times scatter by half or more: many mean a busy machine", file=sys.stderr)
     if args.write:
         write(page)
     else:

@@ -1,6 +1,9 @@
 """What measures the kernels, itself: passes, gradients, compilation, figures and tables."""
 
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import bench
 import pytest
@@ -103,7 +106,7 @@ def test_quantiles_and_totals():
 def rows():
     figures = {("op", "forward", "reference"): 6.0, ("op", "forward", "plain"): 2.0, ("op", "forward", "compiled"): 1.0,
                ("op", "forward", "peer"): 4.0, ("op", "forward+backward", "reference"): 9.0,
-               ("op", "forward+backward", "plain"): 3.0, ("other torch.float32", "forward", "plain"): 5.0}
+               ("op", "forward+backward", "plain"): 3.0, ("other torch.float32, reverse", "forward", "plain"): 5.0}
     return [{"op": op, "pass": p, "impl": impl, "device": "a card", "torch": "2", "triton": "3", "p20_ms": ms / 2, "p50_ms": ms,
              "p80_ms": 2 * ms, "gb_s": 1.0, "percent_of_peak": 50.0, "peak_mib": 7.0} for (op, p, impl), ms in figures.items()]
 
@@ -120,7 +123,7 @@ def test_speed_ups():
 def test_the_table_of_a_run():
     lines = table.text(rows())
     assert [line for line in lines if not line.startswith(" ")] == ["op, forward", "op, forward+backward",
-                                                                    "other torch.float32, forward"]
+                                                                    "other torch.float32, reverse, forward"]
     plain = next(line for line in lines if "plain" in line).split()
     assert plain == ["plain", "1.0000", "2.0000", "4.0000", "1.0", "50.0", "-", "1.00", "0.50", "7.00"]
     assert len(lines[0].split("  ")) > 1 and len({len(line) for line in lines if line.startswith(" ")}) == 1
@@ -132,7 +135,7 @@ def test_the_table_of_the_page(tmp_path):
         assert len(list(csv.DictReader(file))) == len(rows())
     text = table.markdown(table.read_csv(tmp_path / "a.csv"))
     assert "| op | 2.000, 3.000 | 3.00, 3.00 | 0.50, - | peer 2.00, - |" in text
-    assert "| other | 5.000 |  |  |  |" in text and "a card" in text
+    assert "| other, reverse | 5.000 |  |  |  |" in text and "a card" in text
     assert "more, compiled: op (forward)." in text and "more, reference: nowhere." in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter\n")
@@ -140,6 +143,19 @@ def test_the_table_of_the_page(tmp_path):
     assert page.read_text() == f"before\n{table.MARKS[0]}\nnew\n{table.MARKS[1]}\nafter\n"
     kernel = rows() + [rows()[1] | {"impl": "triton", "p50_ms": 0.5}]
     assert "| op | 0.500 | 12.00 | 4.00 | 2.00 | peer 8.00 |" in table.markdown(kernel)
+
+
+@pytest.mark.parametrize("program, options", [("table.py", ["a.csv"]), ("sweep.py", ["--help"])])
+def test_the_programs_start_from_any_folder(tmp_path, program, options):
+    table.write_csv(rows(), tmp_path / "a.csv")
+    command = [sys.executable, Path(table.__file__).with_name(program), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and ("2.000, 3.000" in done.stdout or "--passes" in done.stdout), done.stderr
+
+
+def test_times_that_scatter_are_counted():
+    steady = rows()[0] | {"p20_ms": 1.0, "p80_ms": 1.4}
+    assert table.unsteady([steady, steady]) == 0 and table.unsteady([*rows(), steady]) == len(rows())
 
 
 def test_the_page_has_a_place_for_the_table():

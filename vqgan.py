@@ -46,7 +46,7 @@ except ImportError:
         norms = e.square().sum(1)
         parts = z.detach().flatten(0, -2).split(4096)
         indices = torch.cat([(norms - 2 * part @ e.T).argmin(1) for part in parts]).view(z.shape[:-1])
-        return F.embedding(indices, codebook), indices, torch.bincount(indices.flatten(), minlength=len(e))
+        return F.embedding(indices, codebook), indices
 
     def straight_through(z, z_q):
         return z_q.detach() + (z - z.detach())
@@ -145,7 +145,7 @@ class VQ(nn.Module):
         self.sums = nn.Parameter(torch.zeros(cfg.n_codes, cfg.code_dim), requires_grad=False)  # m_k
 
     def forward(self, z):
-        z_q, indices, _ = nearest_code(z, self.codebook)  # VQ-VAE eqs. 1 and 2
+        z_q, indices = nearest_code(z, self.codebook)  # VQ-VAE eqs. 1 and 2
         if self.training:
             self.update(over_ranks(z.detach()).flatten(0, -2), over_ranks(indices).flatten())  # of all processes
         commitment = self.beta * F.mse_loss(z, z_q.detach())  # the last term of VQ-VAE eq. 3
@@ -155,7 +155,7 @@ class VQ(nn.Module):
     def update(self, z, indices):
         """z (N,D) took the codes indices (N,)."""
         K = len(self.codebook)
-        n = torch.bincount(indices, minlength=K).to(z)
+        n = z.new_zeros(K).index_add_(0, indices, z.new_ones(len(z)))  # bincount would wait for the GPU
         self.counts.lerp_(n, 1 - self.decay)  # N_k <- gamma N_k + (1 - gamma) n_k, VQ-VAE eq. 6
         self.sums.lerp_(sum_by_code(z, indices, K), 1 - self.decay)  # m_k <- gamma m_k + (1 - gamma) sum of z, eq. 7
 
@@ -484,7 +484,7 @@ class SimVQ(nn.Module):
         nn.init.eye_(self.linear.weight)
 
     def forward(self, z):
-        z_q, indices, _ = nearest_code(z, self.linear(self.frozen))
+        z_q, indices = nearest_code(z, self.linear(self.frozen))
         loss = F.mse_loss(z.detach(), z_q) + self.beta * F.mse_loss(z, z_q.detach())  # SimVQ eq. 6
         return straight_through(z, z_q), indices, loss
 

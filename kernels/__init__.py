@@ -110,9 +110,9 @@ def use_triton(op, x, supports, least=0, elementwise=False, library=False, backe
     those that LIBRARY names. backend: one of MODES, instead of `mode` in this call.
     Raises ValueError for an unknown mode, RuntimeError where the mode is "triton" and it cannot run.
     """
-    wanted = backend or mode
+    wanted, what = (mode, "kernels.mode") if backend is None else (backend, "backend")
     if wanted not in MODES:
-        raise ValueError(f"kernels.mode {wanted!r}: must be one of {', '.join(MODES)}")
+        raise ValueError(f"{what} {wanted!r}: must be one of {', '.join(MODES)}")
     if wanted == "torch":
         return False
     ok, reason = available(x.device)
@@ -120,7 +120,7 @@ def use_triton(op, x, supports, least=0, elementwise=False, library=False, backe
         ok, reason = supports()
     if wanted == "triton":
         if not ok:
-            raise RuntimeError(f"{op}: kernels.mode is 'triton', but {reason}")
+            raise RuntimeError(f"{op}: {what} is 'triton', but {reason}")
         return x.numel() > 0
     if not x.numel() or library or elementwise and torch.compiler.is_compiling():
         return False
@@ -150,6 +150,16 @@ def report():
         lines.append(f"{op:20} {runs}  {reason} (kernels/{file}.py)" + f"; {left} go to PyTorch's own kernels" * bool(left)
                      + f"; fell back {fell}" * bool(fell))
     return "\n".join(lines)
+
+
+def cdiv(a, b):
+    """a / b, rounded up. On the host triton's own, and its next_power_of_2, take some 3 us a call."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def launch(kernel, programs, *args, **constants):
@@ -196,6 +206,22 @@ def operator(name, fake, setup=None, backward=None):
         return call
 
     return wrap
+
+
+class Once(torch.autograd.Function):
+    """Once.apply(inputs, *gradients) -> the gradients, for the backward of a Function whose own cannot be differentiated.
+
+    A derivative of them is refused. once_differentiable gives 0 for what depends on saved tensors and not on gradients.
+    inputs: how many of the first arguments after it are the tensors that the gradients depend on.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, *tensors):
+        return tensors[inputs:]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("a second derivative of a kernel, or of its plain form, is not there")
 
 
 def accumulator(x):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import FLOATS, Spec, accumulator, autocast, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, Spec, accumulator, autocast, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 from .decode_attention import _head, _load, _log2_scale, _rows, _store, dot_type, gpu_kind, scaled
 
 LAGS = {None: -1, "causal": 0, "strict": 1}  # mask: i sees j where i - j >= lag; -1: everywhere
@@ -372,7 +372,7 @@ MOST = {"gfx11": 64}  # the largest head_dim; with 128 a tile would need more re
 
 def _tiles(kernel, gpu, element_size, head_dim):
     """Constants of a kernel, FWD, DQ, DKV or DBIAS, for a kind of GPU."""
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = power_of_2(head_dim)
     size = min(element_size, 4)
     row = max(64 * size, block_d * element_size)
     rows = TILES.get((gpu, size, row)) or TILES["sm_80", size, row]  # float32 and the longest rows use no newer instructions
@@ -455,7 +455,7 @@ def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor |
     constants = _chosen(FWD, q, lag)
     out = _new(q)
     lse = q.new_empty(B, n_head, T, dtype=accumulator(q))
-    programs = B * n_head * triton.cdiv(T, constants["BLOCK"])
+    programs = B * n_head * cdiv(T, constants["BLOCK"])
     launch(_attention_fwd_kernel, programs, q, k, v, table, out, lse, *strides, *_sizes(q, k, scale, H, W),
            BIAS=bias is not None, **constants)
     return out, lse
@@ -479,13 +479,13 @@ def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bi
     delta = torch.empty_like(lse)
     dq = _new(q)
     constants = _chosen(DQ, q, lag)
-    programs = B * n_head * triton.cdiv(T, constants["BLOCK"])
+    programs = B * n_head * cdiv(T, constants["BLOCK"])
     launch(_attention_dq_kernel, programs, q, k, v, do, table, out, lse, delta, dq, *strides, *sizes, BIAS=bias is not None,
            **constants)
     dk = _room(k, n_head)
     dv = _room(v, n_head)
     constants = _chosen(DKV, q, lag)
-    programs = B * n_head * triton.cdiv(k.shape[2], constants["BLOCK"])
+    programs = B * n_head * cdiv(k.shape[2], constants["BLOCK"])
     launch(_attention_dkv_kernel, programs, q, k, v, do, table, lse, delta, dk, dv, *strides, *sizes, BIAS=bias is not None,
            **constants)
     dk = _summed(dk, k)
@@ -493,10 +493,10 @@ def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bi
     if not need_dbias:
         return dq, dk, dv, q.new_empty(0)
     constants = _chosen(DBIAS, q, lag)
-    block = min(constants["BLOCK"], max(16, triton.next_power_of_2(W)))
-    cuts = triton.cdiv(W, block)
+    block = min(constants["BLOCK"], max(16, power_of_2(W)))
+    cuts = cdiv(W, block)
     programs = n_head * (2 * H - 1) * (2 * cuts - 1)
-    splits = max(1, min(triton.cdiv(B * H * cuts, DBIAS_PAIRS), 4096 // programs))
+    splits = max(1, min(cdiv(B * H * cuts, DBIAS_PAIRS), 4096 // programs))
     part = q.new_empty(splits, n_head, 2 * H - 1, 2 * cuts - 1, block, block, dtype=lse.dtype)
     launch(_attention_dbias_kernel, splits * programs, q, k, v, do, table, lse, delta, part, *strides, scale, B, n_head,
            n_head // k.shape[1], T, W, **constants | {"BLOCK": block})

@@ -22,7 +22,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, accumulator, dense, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, Spec, accumulator, cdiv, dense, jit, launch, operator, power_of_2, tl, triton, use_triton
 
 TILE = 4096  # elements that a program holds at once
 LEAST = 1 << 16  # elements for "auto". A call costs the CPU 5 us and one launch, measured, the plain form 7 us and three
@@ -121,11 +121,11 @@ def _plan(shape, last, dtype, tile):
     last = last or rows == shape[0]
     images, P = (1, rows) if last else (shape[0], rows // shape[0])
     most = 128 if last else 4 if P >= 512 else 32  # channels: where positions are contiguous, they are read in long runs
-    block_c = min(triton.next_power_of_2(C), most, tile)
+    block_c = min(power_of_2(C), most, tile)
     block_r = tile // block_c
     constants = {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "LAST": last}
     constants |= {"BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 8}
-    return (C, images, P), constants, triton.cdiv(rows, block_r), triton.cdiv(C, block_c)
+    return (C, images, P), constants, cdiv(rows, block_r), cdiv(C, block_c)
 
 
 def _fake_fwd(x, bias, sign, slope, gain):
@@ -178,7 +178,7 @@ def _bwd(dy: torch.Tensor, y: torch.Tensor, bias: bool, slope: float, gain: floa
     dy = _like(dy, last)
     dx = torch.empty_like(y)
     sizes, constants, rows, columns = _plan(y.shape, last, y.dtype, TILE)
-    chunks = triton.cdiv(rows, TILES)
+    chunks = cdiv(rows, TILES)
     sums = y.new_empty(chunks, sizes[0] if bias else 0, dtype=accumulator(y))
     launch(_bias_act_bwd_kernel, chunks * columns, dy, y, dx, sums, *sizes, SLOPE=slope, GAIN=gain, TILES=TILES, BIAS=bias,
            **constants)

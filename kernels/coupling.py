@@ -21,7 +21,7 @@ import math
 
 import torch
 
-from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, cdiv, dense, jit, launch, operator, tl, triton, use_triton
 from .spline import MIN, spline_coupling, spline_coupling_reference, spline_coupling_torch  # noqa: F401  both kinds from here
 
 BLOCK = 1024  # elements of a program
@@ -160,7 +160,7 @@ def _layout(x, last, mask, split, s_max, reverse):
     block = BLOCK if n > SMALL else min(SMALL, BLOCK)
     constants = {"S_MAX": s_max, "MASKED": mask is not None, "ONE_ROW": not last, "REVERSE": reverse}
     constants |= {"ACC": acc_type(x), "BLOCK": block}
-    return mask, (n, x.shape[1] * inner, (x.shape[1] - split) * inner), constants, triton.cdiv(n, block)
+    return mask, (n, x.shape[1] * inner, (x.shape[1] - split) * inner), constants, cdiv(n, block)
 
 
 def _fake_fwd(x, params, mask, split, s_max, reverse):

@@ -20,7 +20,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, INTERPRETING, Spec, accumulator, autocast, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, accumulator, autocast, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 
 DECODE_CHUNK = 256  # least number of keys that are worth a program
 MOST_SPLITS = 32  # shares of a head's keys
@@ -241,9 +241,9 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Ten
     group = n_head // n_head_kv
     once = group > 1 and q.element_size() == 2 and gpu_kind(q.device) != "gfx11"  # whether a program serves a group
     q, k, v, strides = _rows(q, k, v)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = power_of_2(head_dim)
     heads = B * (n_head_kv if once else n_head)
-    splits = max(1, min(k.shape[2] // DECODE_CHUNK, triton.cdiv(1024, heads), MOST_SPLITS))
+    splits = max(1, min(k.shape[2] // DECODE_CHUNK, cdiv(1024, heads), MOST_SPLITS))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(B * n_head, splits, dtype=accumulator(q))
     part = out if splits == 1 else q.new_empty(B * n_head, splits, head_dim, dtype=lse.dtype)
@@ -263,7 +263,7 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Ten
 def _grouped_blocks(block_d, group):
     """Constants of the kernel for shared keys: a product has at least 16 rows, and its tiles stay in registers."""
     block = max(32, min(64, 8192 // block_d))
-    return {"ROWS": max(16, triton.next_power_of_2(group)), "BLOCK": block, "num_warps": 4, "num_stages": 2}
+    return {"ROWS": max(16, power_of_2(group)), "BLOCK": block, "num_warps": 4, "num_stages": 2}
 
 
 def supports(q, k, v):
@@ -312,7 +312,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
 
 def _spec(kernel, dtype, head_dim=64, registers=128, **more):
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = power_of_2(head_dim)
     args = dict.fromkeys("QKV", f"*{dtype}") | dict.fromkeys(("Part", "Lse"), "*fp32")
     args |= {"Length": "*i64", "Out": f"*{dtype}" if "combine" in kernel else "*fp32", "scale": "fp32"}
     args |= dict.fromkeys(("n_head", "heads", "length", "group", "splits"), "i32")

@@ -20,7 +20,22 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launch, operator, processors, tl, triton, use_triton
+from . import (
+    FLOATS,
+    Spec,
+    acc_type,
+    accumulator,
+    cdiv,
+    dense,
+    jit,
+    launch,
+    operator,
+    power_of_2,
+    processors,
+    tl,
+    triton,
+    use_triton,
+)
 
 TILE = 8192  # elements that a program holds at once
 # Elements from which "auto" takes the kernel. PyTorch's group norm and SiLU are two calls; a kernel's call costs the CPU some
@@ -247,21 +262,21 @@ def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, st
 
 def _whole(C, P, groups):
     """The tile of a program that holds a whole group, channels by positions; None where a group is too large for one."""
-    block_c = triton.next_power_of_2(C // groups)
-    block_p = triton.next_power_of_2(P)
+    block_c = power_of_2(C // groups)
+    block_p = power_of_2(P)
     return (block_c, block_p) if block_c * block_p <= TILE else None
 
 
 def _split(B, C, P, last, wanted):
     """The tile of the split kernels, and the positions of a chunk, so that at least `wanted` programs start if possible."""
     if last:
-        block_c = min(triton.next_power_of_2(C), 128)
+        block_c = min(power_of_2(C), 128)
         block_p = TILE // 2 // block_c
     else:
-        block_p = min(triton.next_power_of_2(P), TILE // 2)
-        block_c = min(triton.next_power_of_2(C), TILE // 2 // block_p)
+        block_p = min(power_of_2(P), TILE // 2)
+        block_c = min(power_of_2(C), TILE // 2 // block_p)
     chunk = 8 * block_p  # so that the partial sums of a chunk are a small share of what was read for them
-    while B * triton.cdiv(C, block_c) * triton.cdiv(P, chunk) < wanted:
+    while B * cdiv(C, block_c) * cdiv(P, chunk) < wanted:
         if chunk > block_p:
             chunk //= 2
         elif last and block_c > 32:  # 32 channels side by side are still 64 bytes or more
@@ -324,8 +339,8 @@ def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor,
                SIZE=C // groups, SILU=silu, **_constants(x, *whole))
         return y, mean, rstd
     *blocks, chunk = _split(B, C, P, last, 2 * processors(x.device))
-    splits = triton.cdiv(P, chunk)
-    programs = B * triton.cdiv(C, blocks[0]) * splits
+    splits = cdiv(P, chunk)
+    programs = B * cdiv(C, blocks[0]) * splits
     constants = _constants(x, *blocks)
     means = x.new_empty(B, C, splits, dtype=mean.dtype)
     m2s = torch.empty_like(means)
@@ -356,8 +371,8 @@ def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, b
                SIZE=C // groups, SILU=silu, **_constants(x, *whole))
     else:
         *blocks, chunk = _split(B, C, P, last, 2 * processors(x.device))
-        splits = triton.cdiv(P, chunk)
-        programs = B * triton.cdiv(C, blocks[0]) * splits
+        splits = cdiv(P, chunk)
+        programs = B * cdiv(C, blocks[0]) * splits
         constants = _constants(x, *blocks)
         parts = x.new_empty(2, B, C, splits, dtype=mean.dtype)
         launch(_split_sums_kernel, programs, *inputs, *parts, C, P, *strides, groups, splits, chunk, SILU=silu, **constants)

@@ -24,7 +24,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, acc_type, accumulator, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 
 TILE = 512  # mixtures times positions that a program of the forward kernel has; a quarter in float64
 CHUNK = 1 << 17  # mixtures times channels times positions that a thread of the plain form has at once, to stay in cache
@@ -286,7 +286,7 @@ def _mixtures(K, C):
 
 def _blocks(M, acc):
     """BLOCK_M and BLOCK_P of the forward kernel, such that it does not spill (AOT_MORE compiles it)."""
-    block_m = triton.next_power_of_2(M)
+    block_m = power_of_2(M)
     tile = TILE // 4 if acc == torch.float64 else TILE
     return {"BLOCK_M": block_m, "BLOCK_P": max(tile // block_m, 1)}
 
@@ -313,7 +313,7 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.T
     blocks = _blocks(M, accumulator(params))
     ll = params.new_empty(B, H, W, dtype=accumulator(params))
     grad = torch.empty_like(params) if gradient else params.new_empty(0)
-    launch(_logistic_fwd_kernel, B * triton.cdiv(H * W, blocks["BLOCK_P"]), x.contiguous(), params, ll, grad, *sizes, C=C, M=M,
+    launch(_logistic_fwd_kernel, B * cdiv(H * W, blocks["BLOCK_P"]), x.contiguous(), params, ll, grad, *sizes, C=C, M=M,
            GRADIENT=gradient, ACC=acc_type(params), **blocks)
     return ll, grad
 
@@ -322,7 +322,7 @@ def _fwd(x: torch.Tensor, params: torch.Tensor, gradient: bool) -> tuple[torch.T
 def _bwd(dll: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     grad, sizes = _dense(grad)
     dparams = torch.empty_like(grad)
-    launch(_logistic_bwd_kernel, len(grad) * triton.cdiv(sizes[0], TILE // 16), dll.contiguous(), grad, dparams,
+    launch(_logistic_bwd_kernel, len(grad) * cdiv(sizes[0], TILE // 16), dll.contiguous(), grad, dparams,
            grad.shape[1], *sizes, BLOCK_K=16, BLOCK_P=TILE // 16)
     return dparams
 

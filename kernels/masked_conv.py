@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, autocast, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, autocast, cdiv, jit, launch, operator, tl, triton, use_triton
 
 BLOCKS = {  # bytes of an element: pixels, output channels (half where gated), input channels; larger ones spill somewhere
     2: (128, 64, 32),
@@ -306,10 +306,6 @@ def _pixels(x):
     return B * H * W, H, W
 
 
-def _cdiv(a, b):  # triton's own takes some microseconds, as its next_power_of_2 does
-    return -(-a // b)
-
-
 def _block(size, most):
     """The power of two from size on, at most `most`, at least the 16 of a side of what tl.dot multiplies."""
     return max(min(1 << (size - 1).bit_length(), most), 16)
@@ -324,7 +320,7 @@ def _blocks(x, C, N, gated=False):
     """Programs and blocks of a product with x that takes C channels to N."""
     block_m, block_n, block_k = _largest(x.element_size(), C, N)
     block_n = _block(N, block_n // 2 if gated else block_n)
-    programs = _cdiv(_pixels(x)[0], block_m) * _cdiv(N, block_n)
+    programs = cdiv(_pixels(x)[0], block_m) * cdiv(N, block_n)
     return programs, {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": _block(C, block_k)}
 
 
@@ -357,11 +353,11 @@ def _dweight(dy: Tensor, x: Tensor, weight: Tensor, taps: int) -> Tensor:
     M, H, W = _pixels(x)
     side = _largest(x.element_size(), C, N)[1]
     blocks = {"BLOCK_M": max(side // 2, 16), "BLOCK_N": _block(N, side), "BLOCK_K": _block(C, side)}
-    chunk = max(CHUNK, _cdiv(M, MAX_CHUNKS))
-    chunk = _cdiv(chunk, blocks["BLOCK_M"]) * blocks["BLOCK_M"]
-    chunks = _cdiv(M, chunk)
+    chunk = max(CHUNK, cdiv(M, MAX_CHUNKS))
+    chunk = cdiv(chunk, blocks["BLOCK_M"]) * blocks["BLOCK_M"]
+    chunks = cdiv(M, chunk)
     sums = x.new_empty(chunks, taps, C, N, dtype=accumulator(x))
-    programs = chunks * taps * _cdiv(C, blocks["BLOCK_K"]) * _cdiv(N, blocks["BLOCK_N"])
+    programs = chunks * taps * cdiv(C, blocks["BLOCK_K"]) * cdiv(N, blocks["BLOCK_N"])
     launch(_conv_dweight_kernel, programs, _to_last(x), _to_last(dy), sums, M, H, W, C, N, taps, chunk,
            **blocks, **_constants(x, weight))
     dweight = weight.new_zeros(N, C, weight[0, 0].numel())  # dead taps stay 0
@@ -411,7 +407,7 @@ def _gate_bwd(dout: Tensor, pq: Tensor) -> Tensor:
     dout = _to_last(dout)
     pq = _to_last(pq)  # hooks may save it in another layout
     dpq = torch.empty_like(pq)
-    launch(_gate_bwd_kernel, _cdiv(dout.numel(), ELEMENTS), dout, pq, dpq, dout.numel(), dout.shape[1], ACC=acc_type(pq),
+    launch(_gate_bwd_kernel, cdiv(dout.numel(), ELEMENTS), dout, pq, dpq, dout.numel(), dout.shape[1], ACC=acc_type(pq),
            BLOCK=ELEMENTS)
     return dpq
 

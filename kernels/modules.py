@@ -171,7 +171,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("sums", codebook.clone())  # m_k
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z_q, indices = nearest_code(z, self.codebook)[:2]
+        z_q, indices = nearest_code(z, self.codebook)
         z_wide = z.to(accumulator(z))
         z_q_wide = z_q.to(accumulator(z))
         loss = self.beta * F.mse_loss(z_wide, z_q_wide.detach())

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import FLOATS, Spec, acc_type, accumulator, dense, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, Spec, acc_type, accumulator, cdiv, dense, jit, launch, operator, power_of_2, tl, triton, use_triton
 
 MIN = 1e-5  # the least width and height of a bin, as a share of 2 * tail_bound, and the least derivative
 END = math.log(math.expm1(1 - MIN))  # the raw derivative that makes 1, as it is at both tails
@@ -422,7 +422,7 @@ def _like(a, last):
 
 def _tile(K, inner, acc):
     """K, KP, BLOCK and num_warps of a launch, such that no kernel spills (AOT_MORE compiles them)."""
-    bins = triton.next_power_of_2(K)
+    bins = power_of_2(K)
     tile = TILE * 4 // acc.itemsize
     warps = 1 if bins <= 16 else 2  # sums over bins then stay within a warp, mostly within a thread
     if inner == 1:  # a thread then holds neighbouring bins, and more numbers beside them
@@ -438,7 +438,7 @@ def _layout(x, last, params, bound, reverse):
     inner = 1 if last else n // C
     constants = _tile((params.shape[1] // C + 1) // 3, inner, accumulator(x))
     constants |= {"BOUND": bound, "MIN": MIN, "REVERSE": reverse, "ACC": acc_type(x)}
-    return (n, inner), constants, triton.cdiv(n, constants["BLOCK"])
+    return (n, inner), constants, cdiv(n, constants["BLOCK"])
 
 
 def _fake_fwd(x, params, bound, reverse):

@@ -25,7 +25,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, jit, launch, operator, tl, triton, use_triton
+from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 
 LEAST = 1 << 14  # elements of z from which "auto" takes the kernel: the plain form makes some ten calls, so a launch soon pays
 LARGE = 1 << 14  # vectors from which on a program has 64 of them, below it 16, so that there are programs for a whole device
@@ -40,19 +40,14 @@ def nearest_code_reference(z, codebook):
     x = z.detach().reshape(-1, z.shape[-1]).to(acc)
     e = codebook.detach().to(acc)
     indices = (x.square().sum(1, keepdim=True) - 2 * x @ e.T + e.square().sum(1)).argmin(1)
-    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1]), _count(indices, len(e))
+    return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1])
 
 
 def nearest_code_torch(z, codebook):
     """The fastest plain form: distances of a chunk of vectors and codes at a time, in a buffer that is used again."""
-    indices, counts = _search(z.reshape(-1, z.shape[-1]).detach(), codebook.detach())
+    indices = _search(z.reshape(-1, z.shape[-1]).detach(), codebook.detach())
     z_q = F.embedding(indices, codebook.to(accumulator(codebook))).to(z.dtype)  # so the gradient is summed in float32
-    return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
-
-
-def _count(indices, n_codes):
-    """How often each code is used, (n_codes,). Not torch.bincount, which waits for the GPU."""
-    return indices.new_zeros(n_codes).index_add_(0, indices, torch.ones_like(indices))
+    return z_q.view(z.shape), indices.view(z.shape[:-1])
 
 
 def _wider(z, codebook):
@@ -76,11 +71,11 @@ def _exact(x):
 
 
 def _fake_search(z, codebook):
-    return z.new_empty(len(z), dtype=torch.int64), z.new_empty(len(codebook), dtype=torch.int64)
+    return z.new_empty(len(z), dtype=torch.int64)
 
 
 @operator("nearest_code_search", _fake_search)  # an operator, so that no compiler unrolls its loops
-def _search(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     N = len(z)
     K = len(codebook)
     acc = accumulator(_wider(z, codebook))
@@ -107,8 +102,7 @@ def _search(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torc
                 nearer = value < best[n0:n0 + rows]
                 indices[n0:n0 + rows] = torch.where(nearer, k0 + group * GROUP + within, indices[n0:n0 + rows])
                 best[n0:n0 + rows] = torch.where(nearer, value, best[n0:n0 + rows])
-    indices.masked_fill_(best == -inf, 0)
-    return indices, _count(indices, K)
+    return indices.masked_fill_(best == -inf, 0)
 
 
 # ---- kernels: operands are held in the type DOT, distances in ACC
@@ -127,12 +121,11 @@ def _split(x, DOT: tl.constexpr, OPERAND: tl.constexpr, PARTS: tl.constexpr):
 
 
 @jit
-def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexpr, DOT: tl.constexpr, OPERAND: tl.constexpr,
+def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, N, K, D: tl.constexpr, DOT: tl.constexpr, OPERAND: tl.constexpr,
                     ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                     BLOCK_D: tl.constexpr):
-    """A program a block of vectors: their codes, those codes' rows, and how often each code is used. Parts (PARTS, K, D)."""
-    slot = tl.arange(0, BLOCK_N)
-    n = tl.program_id(0) * BLOCK_N + slot
+    """A program a block of vectors: their codes, and those codes' rows. Parts (PARTS, K, D)."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     row = n[:, None].to(tl.int64) * D
@@ -166,13 +159,6 @@ def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, Counts, N, K, D: tl.constexp
     index = tl.min(tl.where(best == nearest[:, None], start + col[None, :], K), 1)
     index = tl.where(nearest > -float("inf"), index, 0).to(tl.int64)
     tl.store(Indices + n, index, mask=n < N)
-    times = tl.full([BLOCK_N], 1, tl.int64)
-    first = n < N
-    if BLOCK_N > 16:  # many vectors: one addition for all of the program's that share a code, so that a collapsed codebook
-        same = (index[:, None] == index[None, :]) & (n[None, :] < N)  # does not queue up for it. [BLOCK_N, BLOCK_N]
-        times = tl.sum(same.to(tl.int64), 1)
-        first = first & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), 1) == 0)
-    tl.atomic_add(Counts + index, times, mask=first, sem="relaxed")
     for d0 in range(0, D, BLOCK_D):
         mask = (n[:, None] < N) & (d0 + d[None, :] < D)
         z_q = tl.load(E + index[:, None] * D + d0 + d[None, :], mask=mask, other=0.0)
@@ -208,7 +194,7 @@ def _dot_constants(acc, half):
 def _blocks(N, D, half):
     """Blocks of a program of _nearest_kernel, its warps and stages: the largest without spills on every target."""
     large = N >= LARGE
-    return {"BLOCK_N": 64 if large else 16, "BLOCK_K": 64, "BLOCK_D": max(16, min(triton.next_power_of_2(D), BLOCK_D[half])),
+    return {"BLOCK_N": 64 if large else 16, "BLOCK_K": 64, "BLOCK_D": max(16, min(power_of_2(D), BLOCK_D[half])),
             "num_warps": 8 if large else 4, "num_stages": 3 if half else 2}
 
 
@@ -221,7 +207,7 @@ def _in_parts(e):
 
 
 def _fake_nearest(z, codebook):
-    return z.new_empty(z.shape), *_fake_search(z, codebook)
+    return z.new_empty(z.shape), _fake_search(z, codebook)
 
 
 def _save_nearest(ctx, inputs, output):
@@ -230,13 +216,13 @@ def _save_nearest(ctx, inputs, output):
     ctx.dtype = inputs[1].dtype
 
 
-def _backward_nearest(ctx, dz_q, *_):
+def _backward_nearest(ctx, dz_q, _):
     indices, = ctx.saved_tensors
     return None, _sum(dz_q, indices, ctx.codes).to(ctx.dtype)
 
 
 @operator("nearest_code", _fake_nearest, _save_nearest, _backward_nearest)
-def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     z = z.contiguous()
     codebook = codebook.contiguous()
     N, D = z.shape
@@ -252,10 +238,9 @@ def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, tor
         parts = codebook if half else e
     z_q = torch.empty_like(z)
     indices = z.new_empty(N, dtype=torch.int64)
-    counts = z.new_zeros(K, dtype=torch.int64)
-    launch(_nearest_kernel, triton.cdiv(N, constants["BLOCK_N"]), z, codebook, parts, norm, z_q, indices, counts, N, K, D=D,
+    launch(_nearest_kernel, cdiv(N, constants["BLOCK_N"]), z, codebook, parts, norm, z_q, indices, N, K, D=D,
            **constants)
-    return z_q, indices, counts
+    return z_q, indices
 
 
 def _fake_sum(x, indices, n_codes):
@@ -279,8 +264,8 @@ def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
     indices, order = torch.sort(indices, stable=True)
     starts = torch.searchsorted(indices, torch.arange(n_codes + 1, device=x.device))
     sums = x.new_empty(n_codes, D, dtype=accumulator(x))
-    block = min(triton.next_power_of_2(D), 128)
-    launch(_sum_kernel, n_codes * triton.cdiv(D, block), x, order, starts, sums, D=D, ACC=acc_type(x), BLOCK_N=32,
+    block = min(power_of_2(D), 128)
+    launch(_sum_kernel, n_codes * cdiv(D, block), x, order, starts, sums, D=D, ACC=acc_type(x), BLOCK_N=32,
            BLOCK_D=block)
     return sums
 
@@ -293,13 +278,13 @@ def supports(z, codebook):
 
 
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *,
-                 backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The code nearest to each vector. z (..., D), codebook (K, D), floating -> (z_q, indices, counts).
+                 backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code nearest to each vector. z (..., D), codebook (K, D), floating -> (z_q, indices).
 
     z_q (..., D), in the type of z: codebook[indices], with that gather's gradient to the codebook and none to z, as the
     codebook and commitment losses want it, |sg(z) - z_q|^2 + beta |z - sg(z_q)|^2. The decoder wants straight_through(z, z_q).
-    indices (...) int64 in [0, K); counts (K,) int64, how many vectors took each code. Neither has a gradient. The
-    codebook may be computed (SimVQ), or a buffer that an average of sum_by_code(z, indices, K) and counts updates (EMA).
+    indices (...) int64 in [0, K), without a gradient. The codebook may be computed (SimVQ), or a buffer that averages of
+    sum_by_code(z, indices, K) and of how often each code is taken update (EMA).
     Ties, infinities and rounding: at the top of this file. backend: one of kernels.MODES, for this call. Raises ValueError
     for shapes that do not fit or an empty codebook, and what use_triton raises.
     """
@@ -308,8 +293,8 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *,
     if not (z.is_floating_point() and codebook.is_floating_point()):
         raise ValueError(f"nearest_code: z and codebook must be floating, not {z.dtype} and {codebook.dtype}")
     if use_triton("nearest_code", z, lambda: supports(z, codebook), LEAST, backend=backend):
-        z_q, indices, counts = _nearest(z.reshape(-1, z.shape[-1]).detach(), codebook)
-        return z_q.view(z.shape), indices.view(z.shape[:-1]), counts
+        z_q, indices = _nearest(z.reshape(-1, z.shape[-1]).detach(), codebook)
+        return z_q.view(z.shape), indices.view(z.shape[:-1])
     return nearest_code_torch(z, codebook)
 
 
@@ -337,7 +322,7 @@ def sum_by_code(x: torch.Tensor, indices: torch.Tensor, n_codes: int, *, backend
 
 def _spec(t, D, N, registers):
     args = dict.fromkeys(("Z", "E", "ZQ"), f"*{t}") | {"Parts": "*bf16" if t == "fp32" else f"*{t}", "Norm": "*fp32"}
-    args |= {"Indices": "*i64", "Counts": "*i64", "N": "i32:16", "K": "i32:16", "D": D}
+    args |= {"Indices": "*i64", "N": "i32:16", "K": "i32:16", "D": D}
     args |= _dot_constants(tl.float32, {"fp32": None, "bf16": tl.bfloat16, "fp16": tl.float16}[t])
     args |= _blocks(N, D, t != "fp32")
     return Spec("_nearest_kernel", f"{t}, D {D}, {args['BLOCK_N']} vectors", args, args.pop("num_warps"),
@@ -347,7 +332,7 @@ def _spec(t, D, N, registers):
 AOT_SPECS = [] if triton is None else [
     _spec("fp32", 64, LARGE, 192),
     _spec("fp32", 64, 0, 104),
-    _spec("fp32", 256, LARGE, 216),
+    _spec("fp32", 256, LARGE, 208),
     _spec("fp32", 256, 0, 104),
     _spec("bf16", 64, LARGE, 104),
     _spec("bf16", 64, 0, 72),

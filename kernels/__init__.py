@@ -208,20 +208,13 @@ def operator(name, fake, setup=None, backward=None):
     return wrap
 
 
-class Once(torch.autograd.Function):
-    """Once.apply(inputs, *gradients) -> the gradients, for the backward of a Function whose own cannot be differentiated.
+def first_derivative_only():
+    """Called by the backward of a Function in closed form: refuses create_graph=True, under which it runs with gradients on.
 
-    A derivative of them is refused. once_differentiable gives 0 for what depends on saved tensors and not on gradients.
-    inputs: how many of the first arguments after it are the tensors that the gradients depend on.
+    once_differentiable is not enough: it lets a derivative by what the forward saved be 0 without a word.
     """
-
-    @staticmethod
-    def forward(ctx, inputs, *tensors):
-        return tensors[inputs:]
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError("a second derivative of a kernel, or of its plain form, is not there")
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph=True: the second derivative of this operation is not there")
 
 
 def accumulator(x):

@@ -24,7 +24,21 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, Spec, acc_type, accumulator, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
+from . import (
+    FLOATS,
+    Spec,
+    acc_type,
+    accumulator,
+    cdiv,
+    first_derivative_only,
+    jit,
+    launch,
+    operator,
+    power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 TILE = 512  # mixtures times positions that a program of the forward kernel has; a quarter in float64
 CHUNK = 1 << 17  # mixtures times channels times positions that a thread of the plain form has at once, to stay in cache
@@ -132,8 +146,8 @@ class _Plain(torch.autograd.Function):
         return ll.view(B, H, W)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dll):
+        first_derivative_only()
         grad, = ctx.saved_tensors
         return None, (grad * dll[:, None]).to(grad.dtype), None
 

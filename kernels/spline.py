@@ -29,9 +29,23 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from . import FLOATS, Spec, acc_type, accumulator, cdiv, dense, jit, launch, operator, power_of_2, tl, triton, use_triton
+from . import (
+    FLOATS,
+    Spec,
+    acc_type,
+    accumulator,
+    cdiv,
+    dense,
+    first_derivative_only,
+    jit,
+    launch,
+    operator,
+    power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 MIN = 1e-5  # the least width and height of a bin, as a share of 2 * tail_bound, and the least derivative
 END = math.log(math.expm1(1 - MIN))  # the raw derivative that makes 1, as it is at both tails
@@ -205,8 +219,8 @@ class _Spline(torch.autograd.Function):
         return torch.where(inside, (2 * to - 1) * tail_bound, x), torch.where(inside, -log_d if reverse else log_d, 0.0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dl):
+        first_derivative_only()
         inside, p, sizes, d, *saved = ctx.saved_tensors
         xi, eta, D, M, *saved = saved
         own, before, raw, *reached = saved

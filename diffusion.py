@@ -469,7 +469,7 @@ def train(data, cfg, run):
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     net = torch.compile(model) if cfg.compile else model
-    teacher = load(cfg.init, run.device)[0] if cfg.consistency else None
+    teacher = read_teacher(cfg, run) if cfg.consistency else None
     model.train()
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)[0]):
         x, y = run.batch(data)
@@ -1147,27 +1147,32 @@ class Run:
 
 def choose(cfg):
     """Write what the method, and tuning, decide into the fields that are left open."""
-    if cfg.consistency and not cfg.init:
-        fail("--consistency: tunes a trained network; --init FOLDER names its run")
-    for field, value in METHODS[cfg.method].items():
+    for field, value in (METHODS[cfg.method] | {"sampler": "consistency" if cfg.consistency else "dpm++"}).items():
         if getattr(cfg, field) == "auto":
             setattr(cfg, field, value)
-    if cfg.sampler == "auto":
-        cfg.sampler = "consistency" if cfg.consistency else "dpm++"
-    if cfg.nfe == 0:
-        cfg.nfe = 2 if cfg.consistency else 20
+    cfg.nfe = cfg.nfe or (2 if cfg.consistency else 20)
     return cfg
 
 
 def build(shape, classes, cfg):
     """The network for images of shape (C,H,W), with the weights that --seed draws."""
-    choose(cfg)
     patch = cfg.patch or (1 if min(shape[1:]) < 16 else 2)
     try:
-        model = UNet(shape[0], classes, patch, cfg)
+        model = UNet(shape[0], classes, patch, choose(cfg))
     except ValueError as e:
         fail(str(e))
     return model.to(memory_format=torch.channels_last)
+
+
+def read_teacher(cfg, run):
+    """The network of --init, which consistency_loss asks for steps of its chain."""
+    if not cfg.init:
+        fail("--consistency tunes a trained network; --init FOLDER names its run")
+    teacher, taught = load(cfg.init, run.device)
+    if (taught.schedule, taught.predict, teacher.classes) != (cfg.schedule, cfg.predict, run.classes):
+        what = f"--schedule {taught.schedule}, --predict {taught.predict} and {teacher.classes} classes"
+        fail(f"--consistency: the run in {cfg.init} has {what}, this one should too")
+    return teacher
 
 
 def load(folder, device="cpu"):

@@ -195,7 +195,7 @@ def _blocks(N, D, half):
     """Blocks of a program of _nearest_kernel, its warps and stages: the largest without spills on every target."""
     large = N >= LARGE
     return {"BLOCK_N": 64 if large else 16, "BLOCK_K": 64, "BLOCK_D": max(16, min(power_of_2(D), BLOCK_D[half])),
-            "num_warps": 8 if large else 4, "num_stages": 3 if half else 2}
+            "num_warps": 4 if half and not large else 8, "num_stages": 3 if half else 2}
 
 
 def _in_parts(e):
@@ -341,4 +341,9 @@ AOT_SPECS = [] if triton is None else [
     _spec("fp16", 64, LARGE, 104),
     *(Spec("_sum_kernel", t, {"X": f"*{t}", "Order": "*i64", "Starts": "*i64", "Sums": "*fp32", "D": 64, "ACC": tl.float32,
                               "BLOCK_N": 32, "BLOCK_D": 64}, registers=48) for t in ("fp32", "bf16")),
+]
+AOT_MORE = [] if triton is None else [  # what a launch may choose besides
+    *(_spec(t, D, N, 255) for t in ("fp32", "bf16", "fp16") for D in (16, 32, 128, 1024) for N in (LARGE, 0)),
+    _spec("fp16", 64, 0, 255),
+    *(_spec("fp16", 256, N, 255) for N in (LARGE, 0)),
 ]

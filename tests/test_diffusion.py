@@ -794,6 +794,21 @@ def test_tuning_starts_from_the_averaged_weights_and_resumes(digits, tmp_path, m
     assert (cfg.sampler, cfg.nfe) == ("consistency", 2) and diffusion.load(base)[1].sampler == "dpm++"
 
 
+@pytest.mark.parametrize("flags", ["--method cosine", "--predict x", "--no-labels"])
+def test_tuning_wants_the_chain_of_its_teacher(flags, digits, tmp_path, capsys, monkeypatch):
+    """A teacher of another schedule, target or set of classes would be misread, without an error."""
+    base = str(tmp_path / "base")
+    diffusion.main([*TINY, "--out", base, *flags.split()])
+    tune = [*TINY, "--consistency", "--init", base, "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(diffusion, "consistency_loss", lambda *args: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as stop:
+        diffusion.main(tune)
+    assert stop.value.code == 2 and "--consistency" in tiny.error_line(capsys.readouterr().err)
+    monkeypatch.undo()
+    diffusion.main([*tune, *flags.split()])
+    assert diffusion.load(tmp_path / "run")[1].consistency
+
+
 def test_short_training_on_digits(tmp_path):
     """600 steps on the real digits: the bound on all 297 test images, and the distance of as many samples."""
     diffusion.main(["--steps", "600", "--num-samples", "297", "--out", str(tmp_path / "run")])

@@ -3,24 +3,21 @@
 A hierarchical VAE learns a chain p(z_L) p(z_L-1 | z_L) ... p(x | z_1) and an encoder for it. This
 is hard: levels collapse, and deep chains hardly train. The remedy shown here is an encoder that is
 fixed to a Gaussian Markov chain. Each level's KL is then a squared error, one network learns it for
-all levels at once, and the number of levels may go to infinity.
-
-A chain asks its network many times for one image. The remedy for that is consistency tuning: the
-trained network learns to give the end of the chain from any point of it, in one or two evaluations.
+all levels at once, and the number of levels may go to infinity. A chain asks its network many times
+for one image. Consistency tuning teaches the network to give the end of its chain from any point.
 
 Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v
 (Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022), flow matching (Lipman 2023),
-consistency models (Song 2023) and tuning (Geng 2024), and logit-normal t (Esser 2024).
+consistency models (Song 2023), pseudo-Huber loss (Song & Dhariwal 2023), logit-normal t (Esser 2024).
   q(x_t | x), all schedules ........... SCHEDULES, q_sample   DDPM eq. 4, flow matching eq. 20
   what the network predicts ........... TARGETS, denoise      Salimans sec. 4 and app. D
   training loss ....................... METHODS, loss         DDPM eq. 14
   DDPM, DDIM, DPM-Solver++(2M), Heun .. sample                DDPM eq. 7, DDIM eq. 12, DPM alg. 2
-  consistency tuning .................. consistency_loss      Song 2023 alg. 2, Geng 2024
+  consistency tuning .................. consistency_loss      Song 2023 sec. 3, Song & Dhariwal eq. 7
   evidence lower bound, three terms ... elbo                  VDM eqs. 11 and 17
 
   python diffusion.py                                         # digits, needs no network
   python diffusion.py --dataset mnist --minutes 10            # MNIST on two CPU cores
-  python diffusion.py --dataset mnist --mode sample --num-samples 1000 --guidance 2 --label 7
   python diffusion.py --dataset mnist --consistency --init runs/diffusion-mnist --out runs/fast
 Result on two CPU cores (Zen 3): digits in 88 s, 1.85 bits/dim; MNIST in 10 minutes, 1.29 bits/dim
 and a Frechet distance of 0.137 (10,000 samples, tools/evaluate.py), where real images have 0.037.
@@ -160,6 +157,7 @@ METHODS = {  # Ho 2020 (L_simple), Nichol 2021, Salimans 2022, Lipman 2023 with 
 MIN_LOGSNR = -10.0
 MAX_LOGSNR = 14.0
 HUBER = 0.03  # consistency_loss is a squared distance below this one (of a pixel in [-1,1]), and the distance itself above
+ROUND = 250  # steps of tuning with the same chains
 
 
 def time_of(logsnr, cfg):
@@ -224,27 +222,15 @@ def move(x_t, d, here, there, tau=0.0):
     return keep * x_t + (there.alpha - here.alpha * keep) * d  # DDIM eq. 12
 
 
-def consistency_loss(model, teacher, x, y, cfg, gap):
-    """The network's x_hat at t must be what it says at the earlier r = t - gap of the same chain. x in [-1,1] -> (B,).
-
-    One guided step of the teacher, the network before it was tuned, leads from x_t to x_r. Near t = 0 x_hat is x_t itself,
-    so what is right there spreads to all t, and x_hat becomes the end of the teacher's chain: Song 2023 alg. 2.
-    """
-    low, high = time_of([MAX_LOGSNR, MIN_LOGSNR], cfg).tolist()
-    t = low + (high - low) * torch.rand_like(x[:, 0, 0, 0])
-    r = (t - gap).clamp(min=low)
-    x_t = q_sample(x, t, torch.randn_like(x), cfg)
-    with torch.no_grad():
-        d, _ = denoise(teacher, x_t, t, y, cfg, cfg.guidance)
-        x_r = move(x_t, d, level_at(t, cfg, x), level_at(r, cfg, x))
-        target, _ = denoise(model, x_r, r, y, cfg)
+def consistency_loss(model, x_t, t, end, y, cfg):
+    """How far x_hat is from the end of the chain that x_t is on. x_t, end (B,C,H,W), t (B,) -> pseudo-Huber distances (B,)."""
     x_hat, _ = denoise(model, x_t, t, y, cfg)
-    square = ((x_hat - target.clamp(-1, 1)) ** 2).mean((1, 2, 3))
-    return ((square + HUBER**2).sqrt() - HUBER) / t  # Geng 2024 sec. 3: a pseudo-Huber distance, a weight that falls with t
+    square = ((x_hat - end) ** 2).mean((1, 2, 3))
+    return (square + HUBER**2).sqrt() - HUBER  # Song & Dhariwal 2023 eq. 7
 
 
 @torch.no_grad()
-def sample(model, x, y, cfg, generator=None, after_step=None):
+def sample(model, x, y, cfg, generator=None, before_step=None):
     """Run the chain from noise to data: x (B,C,H,W), N(0, 1) noise -> (B,C,H,W) in [-1,1].
 
     Every sampler steps from t to t_next by x = move(x, d) + tau noise. They differ in d, the estimate of x, and in tau:
@@ -254,7 +240,7 @@ def sample(model, x, y, cfg, generator=None, after_step=None):
       heun   d = mean of x_hat(t) and x_hat(t_next)              tau = 0
       consistency  d = x_hat(t) of a tuned network               tau = sigma of t_next: all noise is fresh
     The last step goes to t = 0. There sigma = 0, so the chain ends in x_hat itself, and no sampler corrects it.
-    after_step(x_t, t) -> x_t may change the latent after each step (inpainting).
+    before_step(x_t, t) sees the latent before each step, and may return another one (inpainting).
     """
     guidance = 1.0 if cfg.sampler == "consistency" else cfg.guidance  # a tuned network is guided already
     per_time = 1 if y is None or guidance in (0, 1) else 2  # guidance asks the network twice
@@ -272,6 +258,8 @@ def sample(model, x, y, cfg, generator=None, after_step=None):
     for i in range(n):
         t, t_next = times[i : i + 2]
         here, there = levels[i : i + 2]
+        changed = before_step(x, t) if before_step else None
+        x = x if changed is None else changed
         d = x_hat(x, t)
         tau = 0.0
         if cfg.sampler == "ddpm":
@@ -291,8 +279,6 @@ def sample(model, x, y, cfg, generator=None, after_step=None):
         x = move(x, d, here, there, tau)
         if tau > 0:
             x = x + tau * torch.randn(x.shape, generator=generator).to(x)
-        if after_step is not None:
-            x = after_step(x, t_next)
     return x.clamp(-1, 1)
 
 
@@ -469,23 +455,42 @@ def train(data, cfg, run):
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     net = torch.compile(model) if cfg.compile else model
-    teacher = read_teacher(cfg, run) if cfg.consistency else None
+    if cfg.consistency:
+        teacher, taught = load(cfg.init, run.device)
+        if (taught.schedule, taught.predict, teacher.classes) != (cfg.schedule, cfg.predict, run.classes):
+            fail("--consistency: the run of --init has another --schedule, --predict or number of classes")
+        chain = Config(**vars(cfg) | {"sampler": "dpm++", "nfe": 20})
+        tuning = tuning_batches(teacher, chain, run)
     model.train()
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)[0]):
-        x, y = run.batch(data)
-        hidden = torch.rand(len(y), device=y.device) < cfg.label_dropout
-        y = torch.where(hidden, run.classes, y)
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
         optimizer.param_groups[0]["lr"] = lr
         with run.autocast():
             if cfg.consistency:
-                gap = 1 / (4 + 4 * min(step / 2000, 1))  # a quarter of the chain at first, an eighth in the end
-                batch_loss = consistency_loss(net, teacher, x / 127.5 - 1, y, cfg, gap).mean()
+                batch_loss = consistency_loss(net, *next(tuning), cfg).mean()
             else:
-                batch_loss = loss(net, x / 127.5 - 1, y, cfg).mean()
+                x, y = run.batch(data)
+                hidden = torch.rand(len(y), device=y.device) < cfg.label_dropout
+                batch_loss = loss(net, x / 127.5 - 1, torch.where(hidden, run.classes, y), cfg).mean()
         norm = run.update(batch_loss, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
         run.log(loss=batch_loss, grad_norm=norm, lr=lr)
+
+
+def tuning_batches(teacher, cfg, run):
+    """Yield what consistency_loss takes, drawn from the chains that the teacher samples; every ROUND steps from new noise."""
+    B = len(range(run.rank, cfg.batch_size, run.world))  # this process's share
+    while True:
+        now = run.step // ROUND
+        generator = torch.Generator().manual_seed((cfg.seed << 20) + now * run.world + run.rank)
+        noise = torch.randn(at_once(run.shape), *run.shape, generator=generator).to(run.device)
+        y = torch.arange(len(noise), device=run.device) % max(run.classes, 1)
+        latents = []
+        end = sample(teacher, noise, y, cfg, before_step=lambda *latent, to=latents: to.append(latent))
+        x_t, t = map(torch.stack, zip(*latents, strict=True))  # (n,R,C,H,W) and (n,), of R chains at n levels
+        while run.step // ROUND == now:
+            level, chain = (torch.randint(n, (B,)) for n in (len(t), len(end)))
+            yield x_t[level, chain], t[level].to(x_t), end[chain], y[chain]
 
 
 def evaluate(model, data, cfg, run):
@@ -494,11 +499,10 @@ def evaluate(model, data, cfg, run):
     generator = torch.Generator().manual_seed(cfg.seed)
     size = at_once(run.shape)  # images that fit into memory together
     batches = list(zip(data.test.split(size), data.test_labels.split(size), strict=True))
-    totals = {}
+    totals = Counter()
     for x, y in progress(batches, "evaluation"):
         terms = elbo(model, x.to(run.device), y.to(run.device), cfg, histogram, generator)
-        for name, bits in terms.items():
-            totals[name] = totals.get(name, 0) + bits.cpu().double().sum().item()
+        totals.update({name: bits.cpu().double().sum().item() for name, bits in terms.items()})
     return {f"test_{name}": total / len(data.test) for name, total in totals.items()}
 
 
@@ -525,7 +529,7 @@ def inpaint(model, x, mask, y, cfg, generator=None):
         known = q_sample(x, t.expand(len(x)), noise, cfg)
         return mask * known + (1 - mask) * x_t
 
-    return sample(model, noise, y, cfg, generator, after_step=put_back)
+    return mask * x + (1 - mask) * sample(model, noise, y, cfg, generator, before_step=put_back)
 
 
 def show_inpainting(model, data, mask, cfg, run):
@@ -1164,17 +1168,6 @@ def build(shape, classes, cfg):
     return model.to(memory_format=torch.channels_last)
 
 
-def read_teacher(cfg, run):
-    """The network of --init, which consistency_loss asks for steps of its chain."""
-    if not cfg.init:
-        fail("--consistency tunes a trained network; --init FOLDER names its run")
-    teacher, taught = load(cfg.init, run.device)
-    if (taught.schedule, taught.predict, teacher.classes) != (cfg.schedule, cfg.predict, run.classes):
-        what = f"--schedule {taught.schedule}, --predict {taught.predict} and {teacher.classes} classes"
-        fail(f"--consistency: the run in {cfg.init} has {what}, this one should too")
-    return teacher
-
-
 def load(folder, device="cpu"):
     """The averaged network of the run in a folder, ready to sample, and its config. From Python:
 
@@ -1191,6 +1184,8 @@ def load(folder, device="cpu"):
 def main(argv=None):
     cfg, saved = parse_args(argv)
     run = Run(choose(cfg), saved)
+    if cfg.consistency and not cfg.init:
+        fail("--consistency tunes a trained network; --init FOLDER names its run")
     if cfg.mode != "sample" or cfg.inpaint:
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)
     mask = read_mask(cfg.inpaint, *run.shape[1:]) if cfg.inpaint else None
@@ -1202,9 +1197,8 @@ def main(argv=None):
     if cfg.mode != "sample":
         metrics = evaluate(model, data, cfg, run)
         run.write_metrics(final=True, **metrics)
-        given = " given the label" if run.classes else ""
         terms = " + ".join(f"{name} {metrics[f'test_{name}']:.4f}" for name in ("prior", "diffusion", "reconstruction"))
-        print(f"test bits/dim {metrics['test_bpd']:.4f} (upper bound{given}, {run.tested}, "
+        print(f"test bits/dim {metrics['test_bpd']:.4f} (upper bound{' given the label' * (run.classes > 0)}, {run.tested}, "
               f"{cfg.elbo_samples} time samples each: {terms})")
     if cfg.mode != "eval":
         run.write_samples(*generate(model, cfg.num_samples, cfg, run))

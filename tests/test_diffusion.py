@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_deterministic_samplers_stay_on_the_path(schedule, sampler, monkeypatch)
         seen.append((x_t, t))
         return x_t
 
-    sample(oracle(x, cfg), start, None, cfg, after_step=see)
+    assert_close(sample(oracle(x, cfg), start, None, cfg, before_step=see), x, atol=1e-9, rtol=0)
     assert len(seen) == (5 if sampler == "heun" else 9)
     for x_t, t in seen:
         assert_close(x_t, q_sample(x, t.expand(2), eps, cfg), atol=1e-9, rtol=0)
@@ -257,7 +258,7 @@ def test_samplers_converge_at_their_order(schedule, sampler, order, monkeypatch)
 
         a, s, _, _ = level(start, cfg)
         begin = (std**2 * a**2 + s**2) ** 0.5 / s  # sample multiplies by sigma
-        sample(net, begin * noise, None, cfg, after_step=stop)
+        sample(net, begin * noise, None, cfg, before_step=stop)
         a, s, _, _ = level(found["t"], cfg)
         errors.append((found["x"] - (std**2 * a**2 + s**2) ** 0.5 * noise).abs().max().item())
     assert errors[0] / errors[2] > 0.6 * 4**order, errors
@@ -320,50 +321,69 @@ def gaussian(cfg, end):
     return lambda x_t, t, y=None: net(x_t, t)
 
 
+def where_it_ends(x_t, t, cfg):
+    level = level_at(t, cfg, x_t)
+    return STD * x_t / (STD**2 * level.alpha**2 + level.sigma**2) ** 0.5
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("predict", TARGETS)
-def test_the_consistency_loss_vanishes_at_the_chains_end_alone(schedule, predict):
-    """With the gap as its square, for who gives the end of the teacher's chain; not for the teacher, who gives a mean."""
+def test_the_consistency_loss_is_zero_at_the_chains_end_alone(schedule, predict):
+    """For who gives the end of the chain; not for who gives the mean of x, as a network does before it is tuned."""
     cfg = config(schedule=schedule, predict=predict)
-    x = STD * torch.randn(512, 1, 1, 1, dtype=torch.float64)
-    mean, end = gaussian(cfg, end=False), gaussian(cfg, end=True)
-
-    def error(model, gap):
-        torch.manual_seed(0)
-        return diffusion.consistency_loss(model, mean, x, None, cfg, gap).mean().item()
-
-    coarse, fine = error(end, 0.004), error(end, 0.002)
-    assert fine < 1e-5 and coarse / fine > 8, (coarse, fine)  # of squares of an error that falls as the square of the gap
-    assert error(mean, 0.002) > 20 * fine
+    t = torch.linspace(0.1, 0.9, 64, dtype=torch.float64)
+    x_t = q_sample(STD * torch.randn(64, 1, 2, 2, dtype=torch.float64), t, torch.randn(64, 1, 2, 2, dtype=torch.float64), cfg)
+    end = where_it_ends(x_t, t, cfg)
+    assert diffusion.consistency_loss(gaussian(cfg, end=True), x_t, t, end, None, cfg).max() < 1e-12
+    assert diffusion.consistency_loss(gaussian(cfg, end=False), x_t, t, end, None, cfg).mean() > 1e-3
 
 
-def test_the_consistency_loss_is_a_pseudo_huber_distance_over_t(monkeypatch):
-    cfg, seen = config(), []
-    x = torch.rand(64, 1, 2, 2, dtype=torch.float64) * 2 - 1
+def test_the_consistency_loss_is_a_pseudo_huber_distance():
+    cfg = config()
+    x_t, end = torch.randn(2, 64, 1, 2, 2, dtype=torch.float64)
+    t = torch.rand(64, dtype=torch.float64)
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    loss = diffusion.consistency_loss(lambda x_t, t, y: scale * x_t, x_t, t, end, None, cfg)
+    square = ((x_t - t.view(-1, 1, 1, 1) * scale * x_t - end) ** 2).mean((1, 2, 3))  # x_hat = x_t - t velocity
+    wanted = (square + 0.03**2).sqrt() - 0.03
+    assert_close(loss, wanted)
+    assert_close(*(torch.autograd.grad(value.sum(), scale, retain_graph=True)[0] for value in (loss, wanted)))
 
-    class Net(torch.nn.Module):
-        scale = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
-        def forward(self, x_t, t, y):
-            seen.append((x_t.detach(), t.detach()))
-            return self.scale * x_t
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", [1, 3])
+def test_tuning_draws_from_the_chains_of_its_teacher(schedule, world):
+    """Latents of every level with the ends of their own chains; from other noise in another round, process or seed."""
+    cfg = config(schedule=schedule, sampler="dpm++", nfe=50, guidance=1, batch_size=1000, seed=5)
+    shape = (3, 16, 64)  # 250 chains
 
-    net = Net()
-    loss = diffusion.consistency_loss(net, lambda x_t, t, y: 0.1 * x_t, x, None, cfg, 0.125)
-    (x_r, r), (x_t, t) = seen
-    low = time_of(diffusion.MAX_LOGSNR, cfg).to(t)
-    assert_close(r, (t - 0.125).clamp(min=low))
-    b_t, b_r = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)
-    assert_close(x_r, x_t + (b_r - b_t) * 0.1 * x_t)  # Euler's step along the teacher's velocity
-    target = (x_r - b_r * 0.5 * x_r).clamp(-1, 1)
-    square = ((x_t - b_t * 0.5 * x_t - target) ** 2).mean((1, 2, 3))
-    assert_close(loss, ((square + 0.03**2).sqrt() - 0.03) / t)
-    with torch.enable_grad():
-        gradient, = torch.autograd.grad(loss.sum(), net.scale)
-        scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-        square = ((x_t - b_t * scale * x_t - target) ** 2).mean((1, 2, 3))  # the target is a constant
-        wanted, = torch.autograd.grad((((square + 0.03**2).sqrt() - 0.03) / t).sum(), scale)
-    assert_close(gradient, wanted)
+    def draw(step, rank=0, seed=5):
+        run = types.SimpleNamespace(step=step, rank=rank, world=world, shape=shape, classes=10, device="cpu")
+        batches = diffusion.tuning_batches(gaussian(cfg, end=False), Config(**vars(cfg) | {"seed": seed}), run)
+        torch.manual_seed(1)
+        return run, batches, next(batches)
+
+    run, batches, (x_t, t, end, y) = draw(1)
+    B = [1000, 334][world == 3]
+    assert x_t.shape == end.shape == (B, *shape) and t.shape == y.shape == (B,)
+    assert len(t.unique()) == 50 and abs(t.max().item() - time_of(diffusion.MIN_LOGSNR, cfg).item()) < 1e-6 and t.min() > 0
+    assert sorted(y.unique().tolist()) == list(range(10))
+    assert (end - where_it_ends(x_t, t, cfg)).abs().max() < 0.1  # of the solver's 50 steps; two chains' ends are up to 1 apart
+
+    def chains(ends):
+        return {tuple(e[0, 0, :2].tolist()) for e in ends}
+
+    first = chains(end)
+    torch.manual_seed(2)
+    again = chains(next(batches)[2])
+    assert len(first) <= 250 and len(first & again) > 100  # the same chains, drawn anew
+    run.step = diffusion.ROUND
+    assert not first & chains(next(batches)[2])
+    assert chains(draw(2)[2][2]) == first  # as a resumed run has them
+    assert not first & chains(draw(1, seed=6)[2][2])
+    if world == 3:
+        assert not first & chains(draw(1, rank=1)[2][2])
+        assert len(draw(1, rank=2)[2][1]) == 333
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])
@@ -772,20 +792,27 @@ def test_tuning_starts_from_the_averaged_weights_and_resumes(digits, tmp_path, m
     diffusion.main([*TINY, "--out", base])
     tune = ["--consistency", "--init", base, "--guidance", "2"]
     seen, original = [], diffusion.consistency_loss
+    teachers, batches = [], diffusion.tuning_batches
 
-    def record(model, teacher, x, y, cfg, gap):
-        seen.append((gap, [p.clone() for p in teacher.parameters()], [p.detach().clone() for p in model.parameters()]))
-        assert cfg.guidance == 2 and not teacher.training and model.training
-        return original(model, teacher, x, y, cfg, gap)
+    def record(model, x_t, t, end, y, cfg):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        assert model.training
+        return original(model, x_t, t, end, y, cfg)
+
+    def record_teacher(teacher, cfg, run):
+        assert (cfg.sampler, cfg.nfe, cfg.guidance) == ("dpm++", 20, 2) and not teacher.training
+        teachers.append(teacher)
+        return batches(teacher, cfg, run)
 
     monkeypatch.setattr(diffusion, "consistency_loss", record)
+    monkeypatch.setattr(diffusion, "tuning_batches", record_teacher)
+    monkeypatch.setattr(diffusion, "ROUND", 3)
     diffusion.main([*TINY, *tune, "--out", whole, "--steps", "8"])
     averaged = list(tiny.load_checkpoint(tmp_path / "base")["ema_model"].values())
-    for _, teacher, _ in seen:
-        assert all(torch.equal(a, b) for a, b in zip(teacher, averaged, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][2], averaged, strict=True))  # the network begins as its teacher
-    assert not all(torch.equal(a, b) for a, b in zip(seen[1][2], averaged, strict=True))
-    assert [gap for gap, *_ in seen] == [1 / (4 + 4 * step / 2000) for step in range(8)]
+    assert len(seen) == 8 and len(teachers) == 1
+    assert all(torch.equal(a, b) for a, b in zip(teachers[0].parameters(), averaged, strict=True))  # it is not trained
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], averaged, strict=True))  # the network begins as its teacher
+    assert not all(torch.equal(a, b) for a, b in zip(seen[1], averaged, strict=True))
     diffusion.main([*TINY, *tune, "--out", parts])
     diffusion.main(["--resume", "--out", parts, "--steps", "8"])
     one, two = tiny.load_checkpoint(tmp_path / "whole"), tiny.load_checkpoint(tmp_path / "parts")

@@ -1,0 +1,193 @@
+"""Play with a trained run in the browser: move a slider, and new images come back.
+
+  pip install gradio
+  python tools/explore.py RUN [--port 7860]         # for instance runs/diffusion-mnist or pretrained/vae-mnist
+
+The page is served to this computer alone (127.0.0.1). It shows 24 samples, and below them a strip that tells how the
+family makes one:
+  vae, gan, flow     images on the way from one draw of the latent noise to another
+  diffusion          the chain: the latent before each step, from noise to the image
+  autoregressive     the order of drawing: the image after each eighth of its positions, grey where nothing is drawn yet
+  vqgan              the same, for the positions of its codes
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts, from whatever directory this is run
+
+from tools.strip import script_of
+
+SAMPLES = 24
+STRIP = 9  # images of a strip
+EVERY = "all in turn"
+
+
+@dataclasses.dataclass
+class Slider:
+    """A control: the field of Config that it sets, or another word, with its range."""
+
+    name: str
+    low: float
+    high: float
+    value: float
+    step: float
+
+
+def mix(a, b, weight):
+    """From noise a (weight 0) to noise b (weight 1), along a quarter circle: standard normal at any point of it."""
+    return math.cos(weight * math.pi / 2) * a + math.sin(weight * math.pi / 2) * b
+
+
+def revealed(image, rows, columns):
+    """image (C,H,W) uint8 -> (STRIP,C,H,W): its positions, in a grid of rows and columns, drawn one after another."""
+    C, H, W = image.shape
+    row = torch.arange(H) * rows // H
+    column = torch.arange(W) * columns // W
+    position = row[:, None] * columns + column  # in raster order
+    steps = [round(rows * columns * k / (STRIP - 1)) for k in range(STRIP)]
+    return torch.stack([torch.where(position < drawn, image, torch.full_like(image, 127)) for drawn in steps])
+
+
+class Explorer:
+    """A run's networks, its controls, and draw(), which makes the images for their values."""
+
+    def __init__(self, folder):
+        self.script = script_of(folder)
+        self.name = self.script.__name__
+        *self.networks, self.cfg = self.script.load(folder)
+        _, saved = self.script.read_run(folder)
+        self.shape = tuple(saved["facts"]["shape"])
+        self.names = list(saved["facts"]["names"])
+        self.classes = saved["facts"]["classes"]
+        self.sliders = [Slider("seed", 0, 1000, 0, 1), *self.own_sliders()]
+
+    def own_sliders(self):
+        cfg = self.cfg
+        if self.name == "diffusion":
+            sliders = [Slider("nfe", 1, 64, cfg.nfe, 1)]
+            if cfg.sampler != "consistency":  # a tuned network is guided already
+                sliders.append(Slider("guidance", 0, 5, cfg.guidance, 0.25))
+            return sliders
+        return [Slider("temperature", 0, 1.5, cfg.temperature, 0.05)]
+
+    def draw(self, label, **values):
+        """label: a class's name, or EVERY; values: one for each slider -> samples and strip, (N,C,H,W) uint8."""
+        fields = {name: value for name, value in values.items() if name in vars(self.cfg)}
+        kinds = {name: type(getattr(self.cfg, name)) for name in fields}
+        cfg = dataclasses.replace(self.cfg, **{name: kinds[name](value) for name, value in fields.items()})
+        torch.manual_seed(int(values["seed"]))
+        y = torch.arange(SAMPLES) % max(self.classes, 1)
+        if label != EVERY:
+            y = torch.full((SAMPLES,), self.names.index(label))
+        with torch.no_grad():
+            return getattr(self, self.name)(cfg, y)
+
+    def vae(self, cfg, _):
+        model, = self.networks
+        z = self.script.sample_prior(model, SAMPLES, cfg.temperature)
+        way = torch.stack([torch.lerp(z[0], z[1], k / (STRIP - 1)) for k in range(STRIP)])
+        images = []
+        for part in (z, way):
+            params = self.script.descend(model, part, cfg.temperature)
+            images.append(self.script.to_uint8(self.script.pixel_mean(params, cfg.likelihood)))
+        return images
+
+    def gan(self, cfg, y):
+        G = self.networks[0]
+        z = torch.randn(SAMPLES, cfg.z_dim)
+        way = torch.stack([mix(z[0], z[1], k / (STRIP - 1)) for k in range(STRIP)])
+        samples = self.script.sample(G, z, y, cfg.temperature)
+        strip = self.script.sample(G, way, y[:1].expand(STRIP), cfg.temperature)
+        return self.script.to_uint8(samples), self.script.to_uint8(strip)
+
+    def flow(self, cfg, y):
+        model, = self.networks
+        eps = self.script.draw_noise(model, SAMPLES)
+        way = [torch.stack([mix(e[0], e[1], k / (STRIP - 1)) for k in range(STRIP)]) for e in eps]
+        samples, _ = self.script.sample(model, eps, y, cfg)
+        strip, _ = self.script.sample(model, way, y[:1].expand(STRIP), cfg)
+        return self.script.quantize(samples), self.script.quantize(strip)
+
+    def diffusion(self, cfg, y):
+        model, = self.networks
+        latents = []
+        noise = torch.randn(SAMPLES, *self.shape)
+        y = y if self.classes else None
+        samples = self.script.sample(model, noise, y, cfg, before_step=lambda x_t, t: latents.append(x_t[0]))
+        pick = torch.linspace(0, len(latents), STRIP).round().int().unique().tolist()  # the last one is the sample itself
+        strip = torch.stack([[*latents, samples[0]][i] for i in pick])
+        return self.script.to_uint8(samples), self.script.to_uint8(strip)
+
+    def autoregressive(self, cfg, y):
+        model, = self.networks
+        levels, _ = self.script.sample(model, y, torch.rand(SAMPLES, *self.shape), cfg)
+        samples = self.script.to_pixels(levels, cfg)
+        side = cfg.patch if cfg.arch == "transformer" else 1
+        return samples, revealed(samples[0], math.ceil(self.shape[1] / side), math.ceil(self.shape[2] / side))
+
+    def vqgan(self, cfg, y):
+        autoencoder, prior = self.networks
+        rows, columns = self.script.code_grid(*self.shape[1:], cfg)
+        indices = self.script.sample(prior, y, torch.rand(SAMPLES, rows, columns), cfg)
+        samples = self.script.to_uint8(autoencoder.draw(indices)[..., :self.shape[1], :self.shape[2]])
+        return samples, revealed(samples[0], rows, columns)
+
+
+def picture(images, columns):
+    """(N,C,H,W) uint8 -> one image (H',W',3) or (H',W') for the page, small ones enlarged."""
+    N, C, H, W = images.shape
+    scale = max(1, 84 // max(H, W))
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = torch.nn.functional.pad(images, (2, 2, 2, 2), value=255)
+    rows = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 0, 0, -N % columns), value=255).unflatten(0, (-1, columns))
+    grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return grid.squeeze(-1).numpy()
+
+
+def page(explorer, title):
+    """The gradio page of an Explorer."""
+    import gradio
+
+    def show(label, *values):
+        named = {slider.name: value for slider, value in zip(explorer.sliders, values, strict=True)}
+        samples, strip = explorer.draw(label, **named)
+        return picture(samples, 8), picture(strip, STRIP)
+
+    with gradio.Blocks(title=title) as blocks:
+        gradio.Markdown(f"# {title}")
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                conditional = explorer.name != "vae" and explorer.classes > 0
+                label = gradio.Dropdown([EVERY, *explorer.names], value=EVERY, label="class", visible=conditional)
+                controls = [gradio.Slider(s.low, s.high, s.value, step=s.step, label=s.name) for s in explorer.sliders]
+            with gradio.Column(scale=3):
+                samples = gradio.Image(label="samples", format="png", buttons=["download"])
+                strip = gradio.Image(label="how one is made", format="png", buttons=["download"])
+        inputs = [label, *controls]
+        for control in inputs:
+            control.change(show, inputs, [samples, strip], trigger_mode="always_last", show_progress="hidden")
+        blocks.load(show, inputs, [samples, strip])
+    return blocks
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a trained run of any of the six scripts")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page on this computer, 7860")
+    args = parser.parse_args(argv)
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        sys.exit("error: the page is made with gradio, which is not there: pip install gradio")
+    explorer = Explorer(args.run)
+    page(explorer, f"{explorer.name}.py: {args.run}").launch(server_name="127.0.0.1", server_port=args.port, share=False)
+
+
+if __name__ == "__main__":
+    main()

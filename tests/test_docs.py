@@ -87,6 +87,13 @@ def test_the_commands_are_found():
     assert [language for language, _ in blocks(text)] == ["", "bash"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_indented_code_is_code(page):
+    """Lines that are indented after a list belong to its last item, and their ends are lost: there a fence is needed."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert not re.search(r"^(?:[-*]|\d+\.) .*\n(?:[^\n]+\n)*\n+    ", text, re.M)
+
+
 # ---- every command is one that its program takes
 
 

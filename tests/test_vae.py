@@ -453,7 +453,7 @@ def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     vae.main([*TINY, "--out", str(out), *flags.split()])
     names = {"config.json", "metrics.jsonl", "samples.png", "checkpoint.pt", "samples.npz", "reconstructions.png",
-             "interpolations.png"}
+             "reconstructions.npz", "interpolations.png"}
     assert names <= {p.name for p in out.iterdir()}
     assert (out / "manifold.png").exists() == ("--z-dim 2" in flags)
     found = np.load(out / "samples.npz")["images"]
@@ -554,10 +554,33 @@ def test_reconstructions_and_interpolations_are_of_the_test_images(digits, tmp_p
     pairs = grids["reconstructions.png"].unflatten(0, (-1, 2))
     assert torch.equal(pairs[:, 0], 255 * x.byte())
     assert torch.equal(pairs[:, 1], (255 * torch.sigmoid(params[:, :, 0])).round().byte())
+    with np.load(tmp_path / "run" / "reconstructions.npz") as written:  # of the first --num-samples, 4
+        assert np.array_equal(written["images"], pairs[:4, 1].permute(0, 2, 3, 1))
+        assert written["labels"].tolist() == digits.test_labels[:4].tolist()
     rows = grids["interpolations.png"].unflatten(0, (-1, 10)).int()
     for column, z in ((0, draws[0].z), (9, draws[0].z.roll(1, 0)), (3, draws[0].z * 2 / 3 + draws[0].z.roll(1, 0) / 3)):
         want = (255 * torch.sigmoid(model.decode(z)[:, :, 0])).round().int()
         assert (rows[:, column] - want).abs().max() <= 1
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2"), ()])
+def test_reconstructions_are_written_for_evaluation(names, tmp_path, monkeypatch):
+    """Of the first --num-samples test images, though --eval-images be fewer, in batches, with labels where there are some."""
+    data = tiny.make_data(vae)._replace(names=names)
+    monkeypatch.setattr(vae, "load_data", lambda *args: data)
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
+    monkeypatch.setattr(vae, "at_once", lambda shape: 3)  # the last batch is a short one
+    out = tmp_path / "run"
+    flags = ["--likelihood", "mixture", "--eval-images", "2", "--num-samples", "7"]
+    vae.main([*TINY, *flags, "--out", str(out)])
+    model, cfg = vae.load(out)
+    params, _ = infer(model, model.encode(vae.scale(model, data.test[:7])))
+    want = vae.to_uint8(vae.pixel_mean(params, cfg.likelihood)).permute(0, 2, 3, 1).int().numpy()
+    with np.load(out / "reconstructions.npz") as written:
+        assert written["images"].dtype == np.uint8 and written["images"].shape == (7, 8, 8, 1)
+        assert np.abs(written["images"].astype(int) - want).max() <= 1  # rounding may depend on the batch
+        assert set(written.files) == ({"images", "labels"} if names else {"images"})
+        assert not names or written["labels"].tolist() == data.test_labels[:7].tolist()
 
 
 @pytest.mark.parametrize("kind", ["plain", "all", "vamp"])

@@ -794,6 +794,79 @@ def test_tuning_starts_from_the_averaged_weights_and_resumes(digits, tmp_path, m
     assert (cfg.sampler, cfg.nfe) == ("consistency", 2) and diffusion.load(base)[1].sampler == "dpm++"
 
 
+def test_the_gap_of_tuning_shrinks_to_an_eighth(digits, tmp_path, monkeypatch):
+    """From a quarter of the chain, in 2,000 steps; not further in those after them."""
+    gaps, steps, original = [], diffusion.Run.steps, diffusion.consistency_loss
+    diffusion.main([*TINY, "--out", str(tmp_path / "base")])
+
+    def record(model, teacher, x, y, cfg, gap):
+        gaps.append(gap)
+        return original(model, teacher, x, y, cfg, gap)
+
+    monkeypatch.setattr(diffusion, "consistency_loss", record)
+    far = (0, 1000, 2000, 8000)
+    monkeypatch.setattr(diffusion.Run, "steps", lambda *args: (far[step] for step in steps(*args)))
+    diffusion.main([*TINY, "--consistency", "--init", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
+    assert gaps == pytest.approx([1 / 4, 1 / 6, 1 / 8, 1 / 8])
+
+
+def test_the_teacher_is_guided_and_the_network_is_not(monkeypatch):
+    """--guidance is that of the teacher's step; what is learned has it already."""
+    asked, inside, cfg = [], diffusion.denoise, diffusion.choose(Config(guidance=3.0))
+
+    def watch(model, x_t, t, y, cfg, guidance=1.0):
+        asked.append((model, guidance))
+        return inside(model, x_t, t, y, cfg, guidance)
+
+    def network(x, t, y):
+        return x + y.view(-1, 1, 1, 1).to(x)
+
+    def teacher(x, t, y):
+        return network(x, t, y)
+
+    teacher.classes = 10
+    monkeypatch.setattr(diffusion, "denoise", watch)
+    x, y = torch.rand(4, 1, 4, 4, dtype=torch.float64) * 2 - 1, torch.arange(4)
+    diffusion.consistency_loss(network, teacher, x, y, cfg, 0.25)
+    assert asked == [(teacher, 3.0), (network, 1.0), (network, 1.0)]
+
+
+@pytest.mark.parametrize("flags, told", [([], True), (["--no-labels"], False)])
+def test_completions_are_told_labels_where_the_network_has_some(flags, told, digits, tmp_path, monkeypatch):
+    """Without them all evaluations that --nfe pays for are steps of the chain."""
+    seen, inside = [], diffusion.inpaint
+
+    def watch(model, x, mask, y, cfg, generator):
+        seen.append(y)
+        return inside(model, x, mask, y, cfg, generator)
+
+    monkeypatch.setattr(diffusion, "inpaint", watch)
+    diffusion.main([*TINY, "--inpaint", "top", "--out", str(tmp_path / "run"), *flags])
+    assert [y is not None for y in seen] == [told]
+
+
+def test_completions_follow_the_seed_whatever_was_drawn_before(monkeypatch):
+    """Those of a sampler that adds noise, too; what is known stays on the line to the noise that the chain began with."""
+    cfg = diffusion.choose(Config(sampler="ddpm", nfe=4))
+    x, mask = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 2 - 1, torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    mask[..., :2] = 1
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append((t, x_t))
+        return torch.zeros_like(x_t)
+
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(diffusion.inpaint(model, x, mask, None, cfg, torch.Generator().manual_seed(5)))
+    assert torch.equal(*found)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x)
+    assert len(seen) == 8
+    for t, x_t in (seen[1], seen[2], seen[3]):
+        assert_close((x_t * mask), mask * diffusion.q_sample(x, t, noise, cfg))
+
+
 def test_short_training_on_digits(tmp_path):
     """600 steps on the real digits: the bound on all 297 test images, and the distance of as many samples."""
     diffusion.main(["--steps", "600", "--num-samples", "297", "--out", str(tmp_path / "run")])

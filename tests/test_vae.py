@@ -631,6 +631,40 @@ def test_a_collapsed_level_is_told(digits, tmp_path, capsys):
     assert "WARNING" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dataset, likelihood, said", [
+    ("digits", "mixture", "8 bits"), ("photos", "mixture", "8 bits"),
+    ("photos", "bernoulli", "dynamically binarised, the test split once with seed 0")])
+def test_the_report_is_of_every_level_and_of_the_likelihood(dataset, likelihood, said, capsys):
+    """A level that has collapsed is named, at whatever place of the chain it is; what the pixels are follows from
+    --likelihood, not from the data set."""
+    metrics = {"test_neg_iw_1": 9.0, "test_neg_iw_5": 8.0, "test_bpd": 1.5, "test_neg_elbo": 9.5}
+    for level, active in ((1, 0.5), (2, 0.04), (3, 1.0)):
+        metrics |= {f"test_kl_{level}": level / 4, f"test_active_{level}": active}
+    cfg = Config(dataset=dataset, likelihood=likelihood, levels=3, iw_samples=5)
+    vae.report(metrics, 10, cfg, SimpleNamespace(tested="all 10 test images"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("test -log p(x) <= 8.000 nats, 1.5000 bits/dim") and "-elbo 9.500" in lines[0]
+    assert f"all 10 test images, {said})" in lines[0]
+    assert lines[1:4] == ["bound by k: 1: 9.000, 5: 8.000", "z_3: kl 0.75 nats, 100 % of its units active",
+                          "z_2: kl 0.50 nats, 4 % of its units active"]
+    assert lines[4].startswith("WARNING: z_2 has collapsed") and lines[5:] == ["z_1: kl 0.25 nats, 50 % of its units active"]
+
+
+def test_interpolations_of_a_chain_draw_nothing_below_the_top(digits, tmp_path, monkeypatch):
+    """Each latent below the top is the mean of its prior, so that a row shows what moves with z_L alone."""
+    grids = {}
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu + temperature)
+    monkeypatch.setattr(vae, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
+    vae.main([*TINY, "--out", str(tmp_path / "run"), "--levels", "2", "--lr", "0.02", "--warmup", "0", "--kl-warmup", "0"])
+    model, _ = vae.load(tmp_path / "run")
+    x = (torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test).long()
+    z = vae.draw_top(model, model.encode(vae.scale(model, x))[-1]).z
+    mu, logvar = model.lower_levels[0].prior(model.down[1](z))
+    want, other = (vae.to_uint8(vae.pixel_mean(model.decode(z_1), "bernoulli")).int() for z_1 in (mu, mu + 1))
+    found = grids["interpolations.png"][::10].int()
+    assert (found - want).abs().max() <= 1 < (found - other).abs().max()
+
+
 def test_a_lone_copy_computes_the_same(monkeypatch):
     """Without the folder kernels/, the few lines under `except ImportError` take the operations' place."""
     monkeypatch.setitem(sys.modules, "kernels", None)

@@ -13,11 +13,11 @@ STEPS = 300
 FLAGS = "--steps 300 --batch-size 32 --log-every 300 --save-every 1000 --num-samples 500 --seed 0"
 SMALL = {
     "vae": "--width 16 --z-dim 8 --kl-warmup 100 --iw-samples 1",
-    "flow": "--width 32 --blocks 2 --layers 1 --coupling affine",
+    "flow": "--width 16 --blocks 2 --layers 1 --coupling affine",
     "gan": "--width 16 --z-dim 16",
-    "autoregressive": "--width 32 --blocks 2 --dropout 0",
-    "diffusion": "--width 16 --elbo-samples 2",
-    "vqgan": "--width 16 --n-codes 32 --code-dim 4 --prior-width 32 --prior-blocks 1 --n-head 2 --disc-start 100 "
+    "autoregressive": "--width 16 --blocks 1 --dropout 0",
+    "diffusion": "--width 8 --elbo-samples 2",
+    "vqgan": "--width 8 --n-codes 32 --code-dim 4 --prior-width 16 --prior-blocks 1 --n-head 2 --disc-start 100 "
              "--stage1 300 --steps 600",
 }
 CASES = [("vae", "model", "test_neg_elbo", 1.1), ("flow", "model", "test_bpd", 1.1), ("gan", "generator", "distance", 1.5),

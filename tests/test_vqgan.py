@@ -437,25 +437,6 @@ def test_a_prior_that_learns_nothing_is_told_once_after_a_quarter_of_stage_2(sha
     assert (f"warning: step {step}: 2.96 bits a code, 3.00 where all" in err) == bool(told)
 
 
-def test_the_learning_rate_that_may_be_too_high_is_named(digits, tmp_path, capsys, monkeypatch):
-    """That of the stage in which the loss is not finite."""
-    def infinite(function):
-        inside = getattr(vqgan, function)
-
-        def wrapped(*args):
-            result = inside(*args)
-            return (math.inf * result[0], *result[1:]) if isinstance(result, tuple) else math.inf * result
-
-        return wrapped
-
-    for function, flag in (("loss_autoencoder", "--lr"), ("nll", "--prior-lr")):
-        with monkeypatch.context() as patch:
-            patch.setattr(vqgan, function, infinite(function))
-            with tiny.handlers_kept():
-                assert tiny.run(vqgan, [*TINY, "--out", tmp_path / function]) == 1
-        assert f"a smaller {flag} may help" in tiny.error_line(capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("given, shape", [("0 0", (6, 10)), ("12 0", (12, 10)), ("0 12", (6, 12)), ("8 14", (8, 14))])
 def test_a_side_that_is_not_given_is_that_of_training(given, shape, tmp_path, monkeypatch):
     data = tiny.make_data(vqgan, shape=(1, 6, 10))

@@ -665,7 +665,7 @@ def train(data, cfg, run):
         norm = run.update(loss, prior, optimizer_p, "--prior-lr")
         update_ema(ema_prior, prior, step - cfg.stage1, cfg.ema)
         run.log(loss=loss, bits_per_code=loss / math.log(2), grad_norm=norm, lr=lr)
-        if run.bar.n >= quarter:
+        if run.bar.n >= quarter and step >= cfg.stage1 + cfg.warmup:
             quarter = math.inf  # look once
             if loss > 0.98 * math.log(cfg.n_codes):
                 run.bar.write(f"warning: step {run.step}: {loss / math.log(2):.2f} bits a code, {math.log2(cfg.n_codes):.2f} "

@@ -187,10 +187,8 @@ def infer(model, e):
         mu_p, logvar_p = model.lower_levels[level - 1].prior(h)
         mu_q, logvar_q, shift = model.lower_levels[level - 1].posterior(h, e[level - 1], mu_p, logvar_p)
         z = draw(mu_q, logvar_q)
-        log_q = log_normal(z, mu_q, logvar_q)
-        log_p = log_normal(z, mu_p, logvar_p)
         kl = gaussian_kl(mu_q, logvar_q, mu_p, logvar_p)
-        draws.append(Draw(z, shift, log_q, log_p, kl))
+        draws.append(Draw(z, shift, log_normal(z, mu_q, logvar_q), log_normal(z, mu_p, logvar_p), kl))
     return model.decode(z), draws
 
 
@@ -403,10 +401,9 @@ class VAE(nn.Module):
         self.down = nn.ModuleList(nn.Sequential(entry, *blocks(), nn.ReLU()) for entry in entries)  # for z_1 ... z_L
         self.lower_levels = nn.ModuleList(Level(width, cfg.z_channels) for _ in range(cfg.levels - 1))  # z_1 ... z_L-1
         self.out = nn.Conv2d(width, channels * self.K * cfg.patch**2, 1)
-        n_flow = cfg.flow_steps if cfg.prior == "flow" else 0
-        n_iaf = cfg.flow_steps if cfg.posterior == "iaf" else 0
-        self.flow = nn.ModuleList(Coupling(cfg.z_dim, cfg.flow_hidden) for _ in range(n_flow))
-        self.iaf = nn.ModuleList(IAFStep(cfg.z_dim, cfg.flow_hidden, context_dim) for _ in range(n_iaf))
+        steps = range(cfg.flow_steps)
+        self.flow = nn.ModuleList(Coupling(cfg.z_dim, cfg.flow_hidden) for _ in steps if cfg.prior == "flow")
+        self.iaf = nn.ModuleList(IAFStep(cfg.z_dim, cfg.flow_hidden, context_dim) for _ in steps if context_dim)
         self.pseudo = nn.Parameter(torch.rand(cfg.pseudo_inputs, channels, H, W)) if cfg.prior == "vamp" else None
 
     def encode(self, x):
@@ -462,9 +459,7 @@ def train(data, cfg, run):
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)):
         x, _ = run.batch(data)
-        rise = (step + 1) / (cfg.warmup + 1)
-        fall = (cfg.decay / (step + 1)) ** 0.5
-        lr = cfg.lr * min(1, rise, fall)
+        lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizer.param_groups[0]["lr"] = lr
         kl_weight = cfg.beta * min(1, (step + 1) / (cfg.kl_warmup + 1))
         with run.autocast():
@@ -487,8 +482,7 @@ def evaluate(model, data, cfg, run):
     size = min(cfg.iw_samples, 4)  # importance samples at once, few enough to stay in the cache
     for x in progress(test.split(at_once(run.shape)), "evaluation"):
         x = x.to(run.device)
-        e = model.encode(scale(model, x))
-        params, draws = infer(model, e)
+        params, draws = infer(model, e := model.encode(scale(model, x)))
         log_px = log_prob(params, x, cfg.likelihood)
         nats = {"neg_elbo": sum(d.kl for d in draws) - log_px, "reconstruction": -log_px}
         for level, d in zip(levels, draws, strict=True):
@@ -517,8 +511,8 @@ def report(metrics, n, cfg, run):
           f"(importance-weighted, k = {cfg.iw_samples}; {run.tested}, {pixels}), -elbo {metrics['test_neg_elbo']:.3f}")
     print("bound by k:", ", ".join(f"{k}: {nats:.3f}" for k, nats in bounds.items()))
     for level in range(cfg.levels, 0, -1):
-        active = metrics[f"test_active_{level}"]
-        print(f"z_{level}: kl {metrics[f'test_kl_{level}']:.2f} nats, {100 * active:.0f} % of its units active")
+        kl, active = (metrics[f"test_{name}_{level}"] for name in ("kl", "active"))
+        print(f"z_{level}: kl {kl:.2f} nats, {100 * active:.0f} % of its units active")
         if active < 0.05 and n > 1:  # the mean of one image does not move
             print(f"WARNING: z_{level} has collapsed onto its prior, --free-nats or a longer --kl-warmup may help")
 
@@ -538,11 +532,16 @@ def generate(model, n, cfg, run):
 def show(model, data, cfg, run):
     """Reconstructions of test images, images between two of them, and the plane of z_L where it has two dimensions."""
     torch.manual_seed(cfg.seed)
-    x = to_levels(data.test[:40], cfg, torch.Generator().manual_seed(0)).to(run.device)
-    params, draws = infer(model, model.encode(scale(model, x)))
-    pairs = torch.stack([scale(model, x), pixel_mean(params, cfg.likelihood)], 1).flatten(0, 1)
-    save_grid(to_uint8(pairs), run.folder / "reconstructions.png", 10, "pairs of a test image and its reconstruction")
-    z = draws[0].z[:10, None]  # z_L of ten images, (10,1,z_dim)
+    n = cfg.num_samples
+    x = to_levels(data.test[:max(n, 40)], cfg, torch.Generator().manual_seed(0)).to(run.device)
+    params = (infer(model, model.encode(scale(model, part)))[0] for part in x.split(at_once(run.shape)))
+    x_hat = torch.cat([pixel_mean(part, cfg.likelihood) for part in params])
+    pairs = to_uint8(torch.stack([scale(model, x), x_hat], 1))  # (N,2,C,H,W)
+    save_grid(pairs[:40].flatten(0, 1), run.folder / "reconstructions.png", 10, "pairs of a test image and its reconstruction")
+    labels = {"labels": data.test_labels[:n].numpy()} if data.names else {}
+    arrays = {"images": pairs[:n, 1].permute(0, 2, 3, 1).numpy()} | labels
+    write(run.folder / "reconstructions.npz", lambda f: np.savez_compressed(f, **arrays), "for tools/evaluate.py")
+    z = draw_top(model, model.encode(scale(model, x[:10]))[-1]).z[:, None]  # z_L of ten images, (10,1,z_dim)
     share = torch.linspace(0, 1, 10, device=z.device)[:, None]
     line = torch.lerp(z, z.roll(1, 0), share)  # (10,10,z_dim)
     x = pixel_mean(descend(model, line.flatten(0, 1), 0.0), cfg.likelihood)
@@ -1171,7 +1170,8 @@ def main(argv=None):
     cfg, saved = parse_args(argv)
     run = Run(cfg, saved)
     if cfg.mode != "sample":
-        data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), labels=False)
+        loaded = load_data(cfg.dataset, cfg.data_dir, cfg.image_size)
+        data = run.describe(loaded, labels=False)
     if cfg.mode == "train":
         train(data, cfg, run)
     if run.rank > 0:
@@ -1181,7 +1181,7 @@ def main(argv=None):
         metrics = evaluate(model, data, cfg, run)
         run.write_metrics(final=True, **metrics)
         report(metrics, len(data.test), cfg, run)
-        show(model, data, cfg, run)
+        show(model, loaded, cfg, run)
     if cfg.mode != "eval":
         run.write_samples(generate(model, cfg.num_samples, cfg, run))
 

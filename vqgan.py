@@ -236,10 +236,8 @@ def feature_distance(a, b):
 
     VQGAN takes LPIPS itself, with the features of a pretrained network. Here they are those of D, so none is needed.
     """
-    total = 0
-    for p, q in zip(a, b, strict=True):
-        total = total + (F.normalize(p, dim=1) - F.normalize(q, dim=1)).square().sum(1).mean()
-    return total / len(a)
+    pairs = zip(a, b, strict=True)
+    return sum((F.normalize(p, dim=1) - F.normalize(q, dim=1)).square().sum(1).mean() for p, q in pairs) / len(a)
 
 
 def gradient_norm(loss, weight):
@@ -569,8 +567,7 @@ def build(shape, classes, cfg):
         fail(str(e))
     model = Autoencoder(C, cfg).to(memory_format=torch.channels_last)
     D = Discriminator(C)
-    prior = Prior(*code_grid(H, W, cfg), classes, cfg)
-    return model, D, prior
+    return model, D, Prior(*code_grid(H, W, cfg), classes, cfg)
 
 
 def frozen_copy(network):
@@ -637,8 +634,7 @@ def train(data, cfg, run):
     # stage 1
     for step in run.steps(parts, lambda: reconstruct(ema_model, data.test[:40], run).flatten(0, 1), until=cfg.stage1):
         lr = learning_rate(cfg.lr, step, cfg)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer_d.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
         x, _ = run.batch(data)
         x = x / 127.5 - 1
         D.requires_grad_(False)
@@ -659,16 +655,21 @@ def train(data, cfg, run):
     # stage 2, over the codes of the averaged autoencoder, since that will decode them
     encoded = data._replace(train=to_indices(ema_model, data.train, run))
     as_trained = replace(cfg, sample_size=(0, 0))  # larger samples wait for the end
+    quarter = 0.75 * run.bar.n + 0.25 * 100  # of stage 2, in percent of the run, which is what the bar shows
     for step in run.steps(parts, lambda: generate(ema_model, ema_prior, 80, as_trained, run)[0]):
-        step = step - cfg.stage1
-        lr = learning_rate(cfg.prior_lr, step, cfg)
+        lr = learning_rate(cfg.prior_lr, step - cfg.stage1, cfg)
         optimizer_p.param_groups[0]["lr"] = lr
         indices, y = run.batch(encoded)
         with run.autocast():
             loss = nll(prior, indices, y).mean() / indices[0].numel()
         norm = run.update(loss, prior, optimizer_p, "--prior-lr")
-        update_ema(ema_prior, prior, step, cfg.ema)
+        update_ema(ema_prior, prior, step - cfg.stage1, cfg.ema)
         run.log(loss=loss, bits_per_code=loss / math.log(2), grad_norm=norm, lr=lr)
+        if run.bar.n >= quarter and step >= cfg.stage1 + cfg.warmup:
+            quarter = math.inf  # look once
+            if loss > 0.98 * math.log(cfg.n_codes):
+                run.bar.write(f"warning: step {run.step}: {loss / math.log(2):.2f} bits a code, {math.log2(cfg.n_codes):.2f} "
+                              "where all codes are as likely: the transformer has learned nothing", sys.stderr)
 
 
 @torch.no_grad()
@@ -697,8 +698,7 @@ def generate(model, prior, n, cfg, run):
     """n images (n,C,H,W) uint8 and labels (n,), from the noise of --seed."""
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = run.labels(n)
-    H = cfg.sample_size[0] or run.shape[1]
-    W = cfg.sample_size[1] or run.shape[2]
+    H, W = (given or trained for given, trained in zip(cfg.sample_size, run.shape[1:], strict=True))
     images = []
     for y in progress(labels.split(at_once((3, H, W))), "sampling"):
         noise = torch.rand(len(y), *code_grid(H, W, cfg), generator=generator)

@@ -339,6 +339,28 @@ def test_completions_are_of_the_binarised_test_images(digits, tmp_path, monkeypa
     assert torch.equal(rows[:, 2:].flatten(0, 1), completed == 1)
 
 
+@pytest.mark.parametrize("half, rows, columns", [("top", slice(0, 3), slice(0, 5)), ("bottom", slice(4, 7), slice(0, 5)),
+                                                 ("left", slice(0, 7), slice(0, 2)), ("right", slice(0, 7), slice(3, 5))])
+def test_a_half_of_odd_images_is_the_smaller_one(half, rows, columns, tmp_path, monkeypatch):
+    grids, data = {}, tiny.make_data(autoregressive, shape=(1, 7, 5), test=3)
+    monkeypatch.setattr(autoregressive, "load_data", lambda *args: data)
+    monkeypatch.setattr(autoregressive, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
+    autoregressive.main([*TINY, "--steps", "1", "--out", str(tmp_path / "run"), "--complete", half])
+    grid = grids["complete.png"].unflatten(0, (-1, 6))  # the image, its half, four completions; black or white
+    given = torch.zeros(7, 5, dtype=torch.bool)
+    given[rows, columns] = True
+    assert torch.equal(grid[:, 1, 0] != 128, given.expand(3, 7, 5))
+    assert all(torch.equal(grid[:, i, 0][:, given], grid[:, 0, 0][:, given]) for i in range(1, 6))
+
+
+def test_completions_without_labels_in_every_mode(digits, tmp_path):
+    out = tmp_path / "run"
+    autoregressive.main([*TINY, "--no-labels", "--out", str(out)])
+    for mode, folder in (("sample", out / "sampled"), ("eval", out)):
+        autoregressive.main(["--mode", mode, "--complete", "left", "--out", str(out)])
+        assert (folder / "complete.png").exists()
+
+
 def test_the_passes_used_are_told(digits, tmp_path, capsys):
     """Against the pixels of an image: 64 passes for the naive sampler, at most 65 for the fixed point."""
     told = {}

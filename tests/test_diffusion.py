@@ -836,6 +836,63 @@ def test_tuning_wants_the_chain_of_its_teacher(flags, digits, tmp_path, capsys, 
     assert diffusion.load(tmp_path / "run")[1].consistency
 
 
+def test_the_teacher_is_guided_and_the_network_is_not(monkeypatch):
+    """--guidance is that of the teacher's chains; what is learned has it already."""
+    asked, inside, cfg = [], diffusion.denoise, diffusion.choose(Config(guidance=3.0, sampler="dpm++", nfe=4))
+
+    def watch(model, x_t, t, y, cfg, guidance=1.0):
+        asked.append((model, guidance))
+        return inside(model, x_t, t, y, cfg, guidance)
+
+    def network(x, t, y):
+        return x + y.view(-1, 1, 1, 1).to(x)
+
+    def teacher(x, t, y):
+        return network(x, t, y)
+
+    teacher.classes = 10
+    monkeypatch.setattr(diffusion, "denoise", watch)
+    run = types.SimpleNamespace(step=1, rank=0, world=1, shape=(1, 4, 4), classes=10, device="cpu")
+    diffusion.consistency_loss(network, *next(diffusion.tuning_batches(teacher, cfg, run)), cfg)
+    assert asked == [(teacher, 3.0), (teacher, 3.0), (network, 1.0)]
+
+
+@pytest.mark.parametrize("flags, told", [([], True), (["--no-labels"], False)])
+def test_completions_are_told_labels_where_the_network_has_some(flags, told, digits, tmp_path, monkeypatch):
+    """Without them all evaluations that --nfe pays for are steps of the chain."""
+    seen, inside = [], diffusion.inpaint
+
+    def watch(model, x, mask, y, cfg, generator):
+        seen.append(y)
+        return inside(model, x, mask, y, cfg, generator)
+
+    monkeypatch.setattr(diffusion, "inpaint", watch)
+    diffusion.main([*TINY, "--inpaint", "top", "--out", str(tmp_path / "run"), *flags])
+    assert [y is not None for y in seen] == [told]
+
+
+def test_completions_follow_the_seed_whatever_was_drawn_before(monkeypatch):
+    """Those of a sampler that adds noise, too; what is known stays on the line to the noise that the chain began with."""
+    cfg = diffusion.choose(Config(sampler="ddpm", nfe=4))
+    x, mask = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 2 - 1, torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    mask[..., :2] = 1
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append((t, x_t))
+        return torch.zeros_like(x_t)
+
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(diffusion.inpaint(model, x, mask, None, cfg, torch.Generator().manual_seed(5)))
+    assert torch.equal(*found)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x)
+    assert len(seen) == 8
+    for t, x_t in seen[:4]:
+        assert_close((x_t * mask), mask * diffusion.q_sample(x, t, noise, cfg))
+
+
 def test_short_training_on_digits(tmp_path):
     """600 steps on the real digits: the bound on all 297 test images, and the distance of as many samples."""
     diffusion.main(["--steps", "600", "--num-samples", "297", "--out", str(tmp_path / "run")])

@@ -381,6 +381,16 @@ def final(out):
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("", "one draw of uniform noise; all 8 test images, the mean of p(x | y) over the classes)"),
+    ("--dequantize variational --noise 0.1 --no-labels --eval-images 5",
+     "one draw of variational noise, noise of 0.1 added; the first 5 of 8 test images)")])
+def test_what_kind_of_figure_it_is_is_told(flags, said, digits, tmp_path, capsys):
+    flow.main([*TINY, "--steps", "1", "--out", str(tmp_path / "run"), *flags.split()])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("test bits/dim"))
+    assert line.endswith(said) and f"{final(tmp_path / 'run')['test_bpd']:.4f} (upper bound, " in line
+
+
 @pytest.mark.parametrize("flags", [
     "--arch glow", "--arch glow --coupling additive --recompute --noise 0.05", "--arch glow --steps-per-scale 2",
     "--arch glow --scales 1 --no-labels --dequantize variational", "--inverse jacobi --label 2", "--noise 0.05 --patch 4",

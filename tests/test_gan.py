@@ -339,6 +339,45 @@ def test_what_is_measured_is_of_the_right_images(digits, tmp_path):
     assert {name: found[f"test_{name}"] for name in want} == pytest.approx({k: float(v) for k, v in want.items()}, rel=1e-4)
 
 
+@pytest.mark.parametrize("n", [150, 1010])
+def test_as_many_samples_are_measured_as_test_images_at_most_1000(n, tmp_path, monkeypatch):
+    data, counts, inside = tiny.make_data(gan, test=n, train=1100), [], gan.relative_diversity
+    monkeypatch.setattr(gan, "load_data", lambda *args: data)
+    gan.main([*TINY, "--steps", "1", "--out", str(tmp_path / "run")])
+
+    def watch(D, fake, real):
+        counts.append((len(fake), len(real)))
+        return inside(D, fake, real)
+
+    monkeypatch.setattr(gan, "relative_diversity", watch)
+    gan.main(["--mode", "eval", "--out", str(tmp_path / "run")])
+    assert counts == [(min(n, 1000),) * 2]
+
+
+@pytest.mark.parametrize("flags, compiled", [("--loss hinge", True), ("--loss hinge --r1 1", False), ("", False),
+                                             ("--loss hinge --r2 1", False), ("--loss wgan-gp", False)])
+def test_a_penalty_asks_a_discriminator_that_is_not_compiled(flags, compiled, digits, tmp_path, monkeypatch):
+    """As its gradient is differentiated again, which compiled code does not support."""
+    asked, inside = [], gan.loss_d
+    monkeypatch.setattr(torch, "compile", lambda network: lambda *args: network(*args))
+
+    def watch(G, D, *args):
+        asked.append(isinstance(D, gan.Discriminator))
+        return inside(G, D, *args)
+
+    monkeypatch.setattr(gan, "loss_d", watch)
+    gan.main([*TINY, "--compile", "--out", str(tmp_path / "run"), *flags.split()])
+    assert asked == [not compiled] * 4
+
+
+@pytest.mark.parametrize("shares, told", [((0.6, 0.4), True), ((0.4, 0.6), True), ((0.6, 0.6), False)])
+def test_either_diversity_tells_of_dropped_modes(shares, told, digits, tmp_path, capsys, monkeypatch):
+    named = dict(zip(("diversity", "feature_diversity"), shares, strict=True))
+    monkeypatch.setattr(gan, "relative_diversity", lambda *args: named)
+    gan.main([*TINY, "--steps", "1", "--out", str(tmp_path / "run")])
+    assert ("the generator has dropped modes" in capsys.readouterr().out) == told
+
+
 def test_the_detector_looks_at_the_average_beside_images_of_training(digits, tmp_path, monkeypatch):
     """At 64 images each: samples of all classes in turn from fixed noise. What it finds is in the log of its step. At step 2
     the average is what a run of two steps saves."""

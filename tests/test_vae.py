@@ -453,7 +453,7 @@ def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     vae.main([*TINY, "--out", str(out), *flags.split()])
     names = {"config.json", "metrics.jsonl", "samples.png", "checkpoint.pt", "samples.npz", "reconstructions.png",
-             "interpolations.png"}
+             "reconstructions.npz", "interpolations.png"}
     assert names <= {p.name for p in out.iterdir()}
     assert (out / "manifold.png").exists() == ("--z-dim 2" in flags)
     found = np.load(out / "samples.npz")["images"]
@@ -554,10 +554,33 @@ def test_reconstructions_and_interpolations_are_of_the_test_images(digits, tmp_p
     pairs = grids["reconstructions.png"].unflatten(0, (-1, 2))
     assert torch.equal(pairs[:, 0], 255 * x.byte())
     assert torch.equal(pairs[:, 1], (255 * torch.sigmoid(params[:, :, 0])).round().byte())
+    with np.load(tmp_path / "run" / "reconstructions.npz") as written:  # of the first --num-samples, 4
+        assert np.array_equal(written["images"], pairs[:4, 1].permute(0, 2, 3, 1))
+        assert written["labels"].tolist() == digits.test_labels[:4].tolist()
     rows = grids["interpolations.png"].unflatten(0, (-1, 10)).int()
     for column, z in ((0, draws[0].z), (9, draws[0].z.roll(1, 0)), (3, draws[0].z * 2 / 3 + draws[0].z.roll(1, 0) / 3)):
         want = (255 * torch.sigmoid(model.decode(z)[:, :, 0])).round().int()
         assert (rows[:, column] - want).abs().max() <= 1
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2"), ()])
+def test_reconstructions_are_written_for_evaluation(names, tmp_path, monkeypatch):
+    """Of the first --num-samples test images, though --eval-images be fewer, in batches, with labels where there are some."""
+    data = tiny.make_data(vae)._replace(names=names)
+    monkeypatch.setattr(vae, "load_data", lambda *args: data)
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
+    monkeypatch.setattr(vae, "at_once", lambda shape: 3)  # the last batch is a short one
+    out = tmp_path / "run"
+    flags = ["--likelihood", "mixture", "--eval-images", "2", "--num-samples", "7"]
+    vae.main([*TINY, *flags, "--out", str(out)])
+    model, cfg = vae.load(out)
+    params, _ = infer(model, model.encode(vae.scale(model, data.test[:7])))
+    want = vae.to_uint8(vae.pixel_mean(params, cfg.likelihood)).permute(0, 2, 3, 1).int().numpy()
+    with np.load(out / "reconstructions.npz") as written:
+        assert written["images"].dtype == np.uint8 and written["images"].shape == (7, 8, 8, 1)
+        assert np.abs(written["images"].astype(int) - want).max() <= 1  # rounding may depend on the batch
+        assert set(written.files) == ({"images", "labels"} if names else {"images"})
+        assert not names or written["labels"].tolist() == data.test_labels[:7].tolist()
 
 
 @pytest.mark.parametrize("kind", ["plain", "all", "vamp"])
@@ -606,6 +629,40 @@ def test_a_collapsed_level_is_told(digits, tmp_path, capsys):
               "--ema", "0.01"])
     assert final(tmp_path / "run")["test_active_1"] == 0
     assert "WARNING" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset, likelihood, said", [
+    ("digits", "mixture", "8 bits"), ("photos", "mixture", "8 bits"),
+    ("photos", "bernoulli", "dynamically binarised, the test split once with seed 0")])
+def test_the_report_is_of_every_level_and_of_the_likelihood(dataset, likelihood, said, capsys):
+    """A level that has collapsed is named, at whatever place of the chain it is; what the pixels are follows from
+    --likelihood, not from the data set."""
+    metrics = {"test_neg_iw_1": 9.0, "test_neg_iw_5": 8.0, "test_bpd": 1.5, "test_neg_elbo": 9.5}
+    for level, active in ((1, 0.5), (2, 0.04), (3, 1.0)):
+        metrics |= {f"test_kl_{level}": level / 4, f"test_active_{level}": active}
+    cfg = Config(dataset=dataset, likelihood=likelihood, levels=3, iw_samples=5)
+    vae.report(metrics, 10, cfg, SimpleNamespace(tested="all 10 test images"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("test -log p(x) <= 8.000 nats, 1.5000 bits/dim") and "-elbo 9.500" in lines[0]
+    assert f"all 10 test images, {said})" in lines[0]
+    assert lines[1:4] == ["bound by k: 1: 9.000, 5: 8.000", "z_3: kl 0.75 nats, 100 % of its units active",
+                          "z_2: kl 0.50 nats, 4 % of its units active"]
+    assert lines[4].startswith("WARNING: z_2 has collapsed") and lines[5:] == ["z_1: kl 0.25 nats, 50 % of its units active"]
+
+
+def test_interpolations_of_a_chain_draw_nothing_below_the_top(digits, tmp_path, monkeypatch):
+    """Each latent below the top is the mean of its prior, so that a row shows what moves with z_L alone."""
+    grids = {}
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu + temperature)
+    monkeypatch.setattr(vae, "save_grid", lambda images, path, *args, **kwargs: grids.update({path.name: images}))
+    vae.main([*TINY, "--out", str(tmp_path / "run"), "--levels", "2", "--lr", "0.02", "--warmup", "0", "--kl-warmup", "0"])
+    model, _ = vae.load(tmp_path / "run")
+    x = (torch.rand(digits.test.shape, generator=torch.Generator().manual_seed(0)) * 255 < digits.test).long()
+    z = vae.draw_top(model, model.encode(vae.scale(model, x))[-1]).z
+    mu, logvar = model.lower_levels[0].prior(model.down[1](z))
+    want, other = (vae.to_uint8(vae.pixel_mean(model.decode(z_1), "bernoulli")).int() for z_1 in (mu, mu + 1))
+    found = grids["interpolations.png"][::10].int()
+    assert (found - want).abs().max() <= 1 < (found - other).abs().max()
 
 
 def test_a_lone_copy_computes_the_same(monkeypatch):

@@ -318,7 +318,8 @@ def final(out):
 
 @pytest.mark.parametrize("flags", [
     "--quantizer fsq --no-labels", "--quantizer simvq --perceptual-weight 0", "--amp bf16 --dropout 0.1", "--disc-weight 0",
-    "--top-p 0.5 --label 2", "--sample-size 12 10", "--downsample 4", "--stage1 9"])
+    "--top-p 0.5 --label 2", "--sample-size 12 10", "--downsample 4", "--stage1 9",
+    "--n-codes 4096 --batch-size 1", "--n-codes 4096 --batch-size 1 --quantizer simvq"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
     vqgan.main([*TINY, "--out", str(out), *flags.split()])
@@ -381,6 +382,75 @@ def test_larger_samples_wait_for_the_end(digits, tmp_path, monkeypatch):
     vqgan.main([*TINY, "--out", str(tmp_path / "run"), "--sample-size", "12", "10", "--save-every", "1"])
     assert shown["step_000001.png"] == shown["step_000004.png"] == (8, 8) and shown["samples.png"] == (12, 10)
     assert np.load(tmp_path / "run" / "samples.npz")["images"].shape[1:] == (12, 10, 1)
+
+
+@every_quantizer
+def test_evaluation_and_samples_leave_the_codebook_alone(kind, digits, tmp_path, monkeypatch):
+    """Bit for bit: that of the network in training at each look at it, and that of the averaged one in all modes."""
+    looks = []
+
+    def watch(function):
+        inside = getattr(vqgan, function)
+
+        def wrapped(model, *args):
+            codes = model.quantizer.lookup(torch.arange(12)).clone()
+            state = {name: value.clone() for name, value in model.quantizer.state_dict().items()}
+            result = inside(model, *args)
+            looks.append(function)
+            assert torch.equal(codes, model.quantizer.lookup(torch.arange(12)))
+            assert all(torch.equal(value, state[name]) for name, value in model.quantizer.state_dict().items())
+            return result
+
+        monkeypatch.setattr(vqgan, function, wrapped)
+
+    for function in ("reconstruct", "to_indices", "evaluate", "generate"):
+        watch(function)
+    flags = ["--quantizer", kind, "--n-codes", "12", "--fsq-levels", "4", "3", "--code-dim", "2", "--stage1", "3"]
+    out = tmp_path / "run"
+    vqgan.main([*TINY, *flags, "--out", str(out), "--save-every", "1"])
+    before = tiny.load_checkpoint(out)
+    assert {looks.count(function) > 1 for function in ("reconstruct", "to_indices", "generate")} == {True}
+    for mode in ("eval", "sample"):
+        vqgan.main(["--mode", mode, "--out", str(out)])
+    tiny.assert_same_state(before, tiny.load_checkpoint(out))
+    averaged, _, _ = vqgan.load(out)
+    assert all(torch.equal(value, before["ema_model"][name]) for name, value in averaged.state_dict().items())
+
+
+@pytest.mark.parametrize("first, warmup, step", [(None, 0, 16), (None, 8, 19), (15, 0, 20)])
+@pytest.mark.parametrize("share, told", [(0.985, 1), (0.975, 0)])
+def test_a_prior_that_learns_nothing_is_told_after_a_quarter_of_stage_2(share, told, first, warmup, step, digits, tmp_path,
+                                                                        capsys, monkeypatch):
+    """Once, where its bits a code are within 2 % of log2(--n-codes) = 3; not while the learning rate still rises. A quarter
+    is that of what the run, or its rest, has left."""
+    def known(prior, indices, y):
+        return (0 * prior(indices, y).sum((1, 2)) + share * math.log(8)) * indices[0].numel()
+
+    monkeypatch.setattr(vqgan, "nll", known)
+    flags = [*TINY, *"--stage1 10 --steps 30 --save-every 100 --out".split(), str(tmp_path / "run"), "--warmup", str(warmup)]
+    vqgan.main([*flags, *(["--steps", str(first)] if first else [])])
+    if first:
+        assert capsys.readouterr().err.count("has learned nothing") == told
+        vqgan.main(["--resume", "--steps", "30", "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert err.count("has learned nothing") == told
+    assert (f"warning: step {step}: 2.96 bits a code, 3.00 where all" in err) == bool(told)
+
+
+@pytest.mark.parametrize("given, shape", [("0 0", (6, 10)), ("12 0", (12, 10)), ("0 12", (6, 12)), ("8 14", (8, 14))])
+def test_a_side_that_is_not_given_is_that_of_training(given, shape, tmp_path, monkeypatch):
+    data = tiny.make_data(vqgan, shape=(1, 6, 10))
+    monkeypatch.setattr(vqgan, "load_data", lambda *args: data)
+    out = tmp_path / "run"
+    vqgan.main([*TINY, "--steps", "2", "--out", str(out), "--sample-size", *given.split()])
+    assert np.load(out / "samples.npz")["images"].shape == (4, *shape, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_an_untrained_transformer_is_told(steps, digits, tmp_path, capsys):
+    """Where the run, of two steps of stage 1, has not gone beyond them."""
+    vqgan.main([*TINY, "--stage1", "2", "--steps", str(steps), "--out", str(tmp_path / "run")])
+    assert ("so the transformer is untrained" in capsys.readouterr().err) == (steps <= 2)
 
 
 def test_the_discriminator_starts_when_it_says(digits, tmp_path):

@@ -11,16 +11,18 @@ import os
 import pickle
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import tiny
 from tiny import ROOT, SCRIPTS, error_line
@@ -613,9 +615,106 @@ def test_progress_is_shown_while_a_folder_is_read(tmp_path, monkeypatch):
     for i in range(5):
         paint(tmp_path / f"{i}.png")
     seen = []
-    monkeypatch.setattr(p, "progress", lambda items, what, **more: (seen.append((len(items), what)), items)[1])
+    monkeypatch.setattr(p, "progress", lambda items, what, total: (seen.append((total, what)), items)[1])
     p.load_data(str(tmp_path), "nowhere")
     assert (5, "reading images") in seen
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_same_whatever_the_number_of_threads(threads, tmp_path, monkeypatch, capsys):
+    """Images end in another order than that of the files, more of them than are read at once, some of them broken."""
+    for i in range(300):
+        store(tmp_path / "abc"[i % 3] / f"{i}.png", np.full((2, 2), i % 251, np.uint8))
+    broken = sorted(tmp_path / "b" / f"{i}.png" for i in (1, 100, 298))
+    for path in broken:
+        path.write_bytes(b"broken")
+    real = p.read_image
+
+    def slow(path, *args):
+        time.sleep(0.002 * (int(path.stem) % 5 == 0))
+        return real(path, *args)
+
+    monkeypatch.setattr(p, "read_image", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    data = p.load_data(str(tmp_path), "nowhere")
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
+    files = [files[i] for i in np.random.RandomState(0).permutation(300)]
+    want = [int(f.stem) for f in files if tmp_path / f not in broken]
+    assert levels(data.train) + levels(data.test) == [i % 251 for i in want]
+    assert torch.cat([data.train_labels, data.test_labels]).tolist() == [i % 3 for i in want] and len(data.test) == 30
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [line.index(str(tmp_path / f)) for f in files if tmp_path / f in broken] == sorted(
+        line.index(str(path)) for path in broken)  # named in the order of the files
+
+
+def test_a_stop_signal_ends_the_reading(tmp_path, monkeypatch, capsys):
+    """The images under way are finished and the others are not begun."""
+    for i in range(200):
+        paint(tmp_path / "images" / f"{i}.png", i, mode="L", size=(2, 2))
+    begun = []
+
+    def read(path, *args):
+        begun.append(path)
+        if len(begun) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return Image.new("L", (2, 2))
+
+    monkeypatch.setattr(p, "read_image", read)
+    with tiny.handlers_kept():
+        code = tiny.run(p, tiny.flags(SCRIPTS[0], tmp_path / "run", "--dataset", tmp_path / "images"))
+    assert code == 128 + signal.SIGINT and "stopped by SIGINT" in capsys.readouterr().err
+    assert 5 <= len(begun) < 100 and not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------- large photographs
+
+
+def photograph(size, orientation=1):
+    """JPEG of a real photograph, a temple, enlarged to size (W, H)."""
+    from sklearn.datasets import load_sample_image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_image("china.jpg")).resize(size, Image.BICUBIC).save(buffer, "jpeg", quality=90, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size, orientation, decoded", [((1600, 1200), 1, (200, 150)), ((1200, 1600), 6, (200, 150)),
+                                                        ((640, 427), 1, (160, 107)), ((3000, 150), 1, (1500, 75))])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(size, orientation, decoded, tmp_path, monkeypatch):
+    """To a half, a quarter or an eighth, never to less than twice the size that is wanted, which costs next to nothing."""
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(photograph(size, orientation))
+    seen = []
+    real = ImageOps.fit
+    monkeypatch.setattr(ImageOps, "fit", lambda image, size: (seen.append(image.size), real(image, size))[1])
+    x = p.load_data(str(tmp_path), "nowhere", 32).train[0]
+    assert seen == [decoded] * 2 and min(decoded) >= 64
+    whole = ImageOps.exif_transpose(Image.open(tmp_path / "0.jpg"))
+    want = torch.from_numpy(np.asarray(real(whole, (32, 32))).copy()).permute(2, 0, 1)
+    difference = (x.int() - want.int()).abs()
+    assert difference.float().mean() < 1.5 and difference.max() <= 16
+
+
+@pytest.mark.parametrize("side", [64, 0])
+def test_a_jpeg_that_is_not_four_times_as_large_is_decoded_whole(side, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(photograph((255, 255) if side else (96, 64)))
+    x = p.load_data(str(tmp_path), "nowhere", side).train[0]
+    image = Image.open(tmp_path / "0.jpg")
+    want = ImageOps.fit(image, (side, side)) if side else image
+    assert np.array_equal(x.permute(1, 2, 0).numpy(), np.asarray(want))
+
+
+def test_a_large_grey_jpeg_stays_grey(tmp_path):
+    image = Image.open(io.BytesIO(photograph((1600, 1200)))).convert("L")
+    for i in range(2):
+        image.save(tmp_path / f"{i}.jpg", quality=90)
+    x = p.load_data(str(tmp_path), "nowhere", 32).train[0]
+    want = torch.from_numpy(np.asarray(ImageOps.fit(image, (32, 32))).astype(int))
+    assert x.shape == (1, 32, 32) and (x[0] - want).abs().float().mean() < 1
 
 
 MEASURE = """
@@ -626,23 +725,25 @@ import {script} as p
 def memory(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-p.load_data("few", "nowhere", 256)  # what the first call alone takes: libraries
+p.load_data("few" + "{suffix}", "nowhere", 256)  # what the first call alone takes: libraries
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-data = p.load_data("many", "nowhere", 256)
+data = p.load_data("many" + "{suffix}", "nowhere", 256)
 print(before, memory("VmHWM"), data.train.numel() + data.test.numel())
 """
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory is read from /proc")
-def test_memory_is_at_most_one_and_a_half_times_the_data(tmp_path):
-    raw = png((16, 16))
-    for folder, count in (("few", 3), ("many", 250)):
-        (tmp_path / folder).mkdir()
+@pytest.mark.parametrize("kind", ["folder", "folder with a broken image"])
+def test_memory_is_at_most_one_and_a_half_times_the_data(kind, tmp_path):
+    for name, count in (("few", 3), ("many", 250)):
         for i in range(count):
-            (tmp_path / folder / f"{i}.png").write_bytes(raw)
-    done = subprocess.run([sys.executable, "-c", MEASURE.format(script=SCRIPTS[0])], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            paint(tmp_path / name / f"{i}.png", size=(16, 16))
+        if "broken" in kind:
+            (tmp_path / name / "broken.png").write_bytes(b"")
+    code = MEASURE.format(script=SCRIPTS[0], suffix="")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     before, peak, size = map(int, done.stdout.split())
     assert size == 250 * 3 * 256 * 256

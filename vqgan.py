@@ -101,7 +101,7 @@ class Config:
     sample_size: tuple[int, ...] = (0, 0)  # height and width of samples, also larger ones; 0: as trained (0 to 16384)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     # core, the same in all six scripts
-    dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
+    dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, a folder of images or a FILE.npz
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (0 to 4096)
     batch_size: int = 32  # images a step, over all processes (1 to 65536)
     lr: float = 1e-3  # learning rate of Adam for the autoencoder and the discriminator (> 0)
@@ -867,8 +867,37 @@ def load_folder(root, side):
     return Data(x[:-n], y[:-n], x[-n:], y[-n:], tuple(names), note)
 
 
+def load_npz(path):
+    """What np.savez wrote: images uint8 (N,H,W) or (N,H,W,C), maybe labels (N,), test_images, test_labels, names of classes."""
+    try:
+        zipfile.ZipFile(path).close()  # numpy takes what is none for a pickle
+        with np.load(path, allow_pickle=False) as file:
+            parts = []
+            for part in ("", "test_") if {"test_images", "test_labels"} & {*file} else ("",):
+                x = file[f"{part}images"]
+                y = file[f"{part}labels"] if {"labels", "test_labels"} & {*file} else np.zeros(len(x), int)
+                if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or x.size == 0:
+                    raise ValueError(f"{part}images are {x.dtype} {x.shape}, not uint8 (N,H,W) or (N,H,W,C) with C 1 or 3")
+                if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 65535:
+                    raise ValueError(f"{part}labels are {y.dtype} {y.shape}, not {len(x)} integers from 0 to 65535")
+                parts += [np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1), y.astype(np.int64)]
+            classes = 1 + max(y.max() for y in parts[1::2])
+            names = np.ravel(file["names"] if "names" in file else range(classes)).astype(str).tolist()
+        if len(parts) == 2:  # as of a folder: mixed, which needs no second copy in memory, and a tenth held out
+            n = -(-len(y) // 10)
+            for part in parts:
+                np.random.RandomState(0).shuffle(part)
+            parts = [*(part[:-n] for part in parts), *(part[-n:] for part in parts)]
+        if not len(parts[0]) or parts[0].shape[1:] != parts[2].shape[1:] or len(names) < classes:
+            raise ValueError("at least 2 images are needed, test_images of the shape of images, and a name for each label")
+        return parts, tuple(names) if classes > 1 else ()
+    except Exception as e:  # whatever a damaged file raises
+        fail(f"--dataset {path}: {str(e) or type(e).__name__}")
+
+
 def load_data(name, data_dir, image_size=0):
-    """digits, mnist, fashion_mnist, cifar10 or a folder of images, whole in memory."""
+    """digits, mnist, fashion_mnist, cifar10, a folder of images or a FILE.npz, whole in memory."""
+    names = tuple("0123456789")
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -888,12 +917,19 @@ def load_data(name, data_dir, image_size=0):
         parts = (x[:50_000], rows[:50_000, 0], x[50_000:], rows[50_000:, 0])
     elif name and Path(name).is_dir():
         return load_folder(Path(name), image_size)
+    elif name.endswith(".npz") and Path(name).is_file():
+        parts, names = load_npz(name)
     else:
-        fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
-    x, y, x_test, y_test = map(torch.tensor, parts)
-    if image_size and x.shape[2:] != (image_size, image_size):
-        x, x_test = (F.interpolate(part, (image_size, image_size), mode="bilinear", antialias=True) for part in (x, x_test))
-    return Data(x, y.long(), x_test, y_test.long(), tuple("0123456789"))
+        fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder or a FILE.npz")
+    x, y, x_test, y_test = (torch.from_numpy(np.require(part, requirements="W")) for part in parts)
+    H, W = x.shape[2:]
+    if image_size and (H, W) != (image_size, image_size):
+        S = min(H, W)  # a square at the centre
+        square = (..., slice((H - S) // 2, (H + S) // 2), slice((W - S) // 2, (W + S) // 2))
+        x, x_test = (F.interpolate(part[square], (image_size,) * 2, mode="bilinear", antialias=True) for part in (x, x_test))
+    elif max(H, W) > 128 and not image_size:
+        fail(f"--dataset {name}: images of {W} x {H} pixels are too large as they are; add --image-size 64")
+    return Data(x, y.long(), x_test, y_test.long(), names)
 
 
 def parse_args(argv=None):

@@ -58,7 +58,7 @@ class Config:
     temperature: float = 1.0  # factor on the noise that samples are made of; 0: the image of zero noise (0 to 100)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     # core, the same in all six scripts
-    dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10 or a folder of images
+    dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, a folder of images or a FILE.npz
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (0 to 4096)
     batch_size: int = 16  # images a step, over all processes (1 to 65536)
     lr: float = 2e-3  # learning rate of Adam (> 0)
@@ -688,6 +688,7 @@ import tarfile
 import time
 import zipfile
 from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import get_args, get_origin
@@ -751,9 +752,18 @@ def fetch(name, file, data_dir):
     fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
 
 
+def in_threads(function, items, what):
+    """function of each item, in their order, on all cores, with a bar; 256 at a time, so that few results wait."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = (result for i in range(0, len(items), 256) for result in pool.map(function, items[i:i + 256]))
+        yield from progress(results, what, total=len(items))
+
+
 def read_image(path, size=None, peak=None):
     """An image file in mode L or RGB: upright, over white, of more than 8 bits divided by `peak`, cropped to size (W, H)."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    image = Image.open(path)
+    image.draft(None, size and (2 * max(size), 2 * max(size)))  # a JPEG is decoded smaller, to no less than twice the size
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # more than 8 bits
         pixels = np.asarray(image, np.float64)
         if not np.isfinite(pixels.max()):
@@ -762,7 +772,7 @@ def read_image(path, size=None, peak=None):
     mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert(mode)
+    image = image if image.mode == mode else image.convert(mode)
     return ImageOps.fit(image, size) if size else image
 
 
@@ -774,30 +784,39 @@ def load_folder(root, side):
     found = [found[i] for i in np.random.RandomState(0).permutation(len(found))]  # so that the first n are of all classes
     test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in found}), None)
     files = [f for part in ("train", test) for f in found if f.parts[0] == part] if test else found
-    sizes = Counter()
     modes = set()
-    peak = 0
-    for f in progress(files, "looking at images"):
+    tops = [0]
+
+    def look(f):
         with contextlib.suppress(Exception), Image.open(root / f) as image:  # what cannot be read is named below
             modes.add(Image.getmodebase(image.mode))
             if image.mode[0] in "IF" and np.isfinite(top := np.asarray(image).max()):
-                peak = max(peak, top)
-            if not side:
-                turned = image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
-                sizes[image.size[::-1] if turned else image.size] += 1
-    size = (side, side) if side else max(sizes, key=sizes.get, default=(1, 1))  # the commonest
+                tops.append(top)
+            turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+            return (side, side) if side else image.size[::-1] if turned else image.size
+
+    def read(i):
+        try:
+            x[i] = np.atleast_3d(read_image(root / files[i], size, peak).convert(mode))
+        except Exception as e:  # whatever a decoder raises
+            return f"{root / files[i]} ({e})"
+
+    sizes = Counter(in_threads(look, files, "looking at images"))
+    del sizes[None]
+    peak = max(tops)
+    size = max(sizes, key=sizes.get, default=(1, 1))  # the commonest
     if max(size) > 128 and not side:
         fail(f"--dataset {root}: images of {size[0]} x {size[1]} pixels are too large as they are; add --image-size 64")
     mode = "L" if modes <= {"L"} else "RGB"
     x = np.empty((len(files), *size[::-1], len(mode)), np.uint8)
     kept = []
     skipped = []
-    for f in progress(files, "reading images"):
-        try:
-            x[len(kept)] = np.atleast_3d(read_image(root / f, size, peak).convert(mode))
-            kept.append(f)
-        except Exception as e:  # whatever a decoder raises
-            skipped.append(f"{root / f} ({e})")
+    for i, error in enumerate(in_threads(read, range(len(files)), "reading images")):
+        if error:
+            skipped.append(error)
+        else:
+            x[len(kept)] = x[i]  # without a gap, and without a copy of the whole
+            kept.append(files[i])
     if skipped:
         print(f"skipped {len(skipped)} images that cannot be read:", *"; ".join(skipped[:10]).split(), file=sys.stderr)
     n = sum(f.parts[0] == test for f in kept) if test else -(-len(kept) // 10)
@@ -812,8 +831,37 @@ def load_folder(root, side):
     return Data(x[:-n], y[:-n], x[-n:], y[-n:], tuple(names), note)
 
 
+def load_npz(path):
+    """What np.savez wrote: images uint8 (N,H,W) or (N,H,W,C), maybe labels (N,), test_images, test_labels, names of classes."""
+    try:
+        zipfile.ZipFile(path).close()  # numpy takes what is none for a pickle
+        with np.load(path, allow_pickle=False) as file:
+            parts = []
+            for part in ("", "test_") if {"test_images", "test_labels"} & {*file} else ("",):
+                x = file[f"{part}images"]
+                y = file[f"{part}labels"] if {"labels", "test_labels"} & {*file} else np.zeros(len(x), int)
+                if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or x.size == 0:
+                    raise ValueError(f"{part}images are {x.dtype} {x.shape}, not uint8 (N,H,W) or (N,H,W,C) with C 1 or 3")
+                if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 65535:
+                    raise ValueError(f"{part}labels are {y.dtype} {y.shape}, not {len(x)} integers from 0 to 65535")
+                parts += [np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1), y.astype(np.int64)]
+            classes = 1 + max(y.max() for y in parts[1::2])
+            names = np.ravel(file["names"] if "names" in file else range(classes)).astype(str).tolist()
+        if len(parts) == 2:  # as of a folder: mixed, which needs no second copy in memory, and a tenth held out
+            n = -(-len(y) // 10)
+            for part in parts:
+                np.random.RandomState(0).shuffle(part)
+            parts = [*(part[:-n] for part in parts), *(part[-n:] for part in parts)]
+        if not len(parts[0]) or parts[0].shape[1:] != parts[2].shape[1:] or len(names) < classes:
+            raise ValueError("at least 2 images are needed, test_images of the shape of images, and a name for each label")
+        return parts, tuple(names) if classes > 1 else ()
+    except Exception as e:  # whatever a damaged file raises
+        fail(f"--dataset {path}: {str(e) or type(e).__name__}")
+
+
 def load_data(name, data_dir, image_size=0):
-    """digits, mnist, fashion_mnist, cifar10 or a folder of images, whole in memory."""
+    """digits, mnist, fashion_mnist, cifar10, a folder of images or a FILE.npz, whole in memory."""
+    names = tuple("0123456789")
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -833,12 +881,19 @@ def load_data(name, data_dir, image_size=0):
         parts = (x[:50_000], rows[:50_000, 0], x[50_000:], rows[50_000:, 0])
     elif name and Path(name).is_dir():
         return load_folder(Path(name), image_size)
+    elif name.endswith(".npz") and Path(name).is_file():
+        parts, names = load_npz(name)
     else:
-        fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder")
-    x, y, x_test, y_test = map(torch.tensor, parts)
-    if image_size and x.shape[2:] != (image_size, image_size):
-        x, x_test = (F.interpolate(part, (image_size, image_size), mode="bilinear", antialias=True) for part in (x, x_test))
-    return Data(x, y.long(), x_test, y_test.long(), tuple("0123456789"))
+        fail(f"--dataset {name}: neither digits, mnist, fashion_mnist nor cifar10, nor a folder or a FILE.npz")
+    x, y, x_test, y_test = (torch.from_numpy(np.require(part, requirements="W")) for part in parts)
+    H, W = x.shape[2:]
+    if image_size and (H, W) != (image_size, image_size):
+        S = min(H, W)  # a square at the centre
+        square = (..., slice((H - S) // 2, (H + S) // 2), slice((W - S) // 2, (W + S) // 2))
+        x, x_test = (F.interpolate(part[square], (image_size,) * 2, mode="bilinear", antialias=True) for part in (x, x_test))
+    elif max(H, W) > 128 and not image_size:
+        fail(f"--dataset {name}: images of {W} x {H} pixels are too large as they are; add --image-size 64")
+    return Data(x, y.long(), x_test, y_test.long(), names)
 
 
 def parse_args(argv=None):

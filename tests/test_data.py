@@ -11,16 +11,19 @@ import os
 import pickle
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import tiny
 from tiny import ROOT, SCRIPTS, error_line
@@ -613,9 +616,106 @@ def test_progress_is_shown_while_a_folder_is_read(tmp_path, monkeypatch):
     for i in range(5):
         paint(tmp_path / f"{i}.png")
     seen = []
-    monkeypatch.setattr(p, "progress", lambda items, what, **more: (seen.append((len(items), what)), items)[1])
+    monkeypatch.setattr(p, "progress", lambda items, what, total: (seen.append((total, what)), items)[1])
     p.load_data(str(tmp_path), "nowhere")
     assert (5, "reading images") in seen
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_same_whatever_the_number_of_threads(threads, tmp_path, monkeypatch, capsys):
+    """Images end in another order than that of the files, more of them than are read at once, some of them broken."""
+    for i in range(300):
+        store(tmp_path / "abc"[i % 3] / f"{i}.png", np.full((2, 2), i % 251, np.uint8))
+    broken = sorted(tmp_path / "b" / f"{i}.png" for i in (1, 100, 298))
+    for path in broken:
+        path.write_bytes(b"broken")
+    real = p.read_image
+
+    def slow(path, *args):
+        time.sleep(0.002 * (int(path.stem) % 5 == 0))
+        return real(path, *args)
+
+    monkeypatch.setattr(p, "read_image", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    data = p.load_data(str(tmp_path), "nowhere")
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
+    files = [files[i] for i in np.random.RandomState(0).permutation(300)]
+    want = [int(f.stem) for f in files if tmp_path / f not in broken]
+    assert levels(data.train) + levels(data.test) == [i % 251 for i in want]
+    assert torch.cat([data.train_labels, data.test_labels]).tolist() == [i % 3 for i in want] and len(data.test) == 30
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [line.index(str(tmp_path / f)) for f in files if tmp_path / f in broken] == sorted(
+        line.index(str(path)) for path in broken)  # named in the order of the files
+
+
+def test_a_stop_signal_ends_the_reading(tmp_path, monkeypatch, capsys):
+    """The images under way are finished and the others are not begun."""
+    for i in range(200):
+        paint(tmp_path / "images" / f"{i}.png", i, mode="L", size=(2, 2))
+    begun = []
+
+    def read(path, *args):
+        begun.append(path)
+        if len(begun) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return Image.new("L", (2, 2))
+
+    monkeypatch.setattr(p, "read_image", read)
+    with tiny.handlers_kept():
+        code = tiny.run(p, tiny.flags(SCRIPTS[0], tmp_path / "run", "--dataset", tmp_path / "images"))
+    assert code == 128 + signal.SIGINT and "stopped by SIGINT" in capsys.readouterr().err
+    assert 5 <= len(begun) < 100 and not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------- large photographs
+
+
+def photograph(size, orientation=1):
+    """JPEG of a real photograph, a temple, enlarged to size (W, H)."""
+    from sklearn.datasets import load_sample_image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_image("china.jpg")).resize(size, Image.BICUBIC).save(buffer, "jpeg", quality=90, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size, orientation, decoded", [((1600, 1200), 1, (200, 150)), ((1200, 1600), 6, (200, 150)),
+                                                        ((640, 427), 1, (160, 107)), ((3000, 150), 1, (1500, 75))])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(size, orientation, decoded, tmp_path, monkeypatch):
+    """To a half, a quarter or an eighth, never to less than twice the size that is wanted, which costs next to nothing."""
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(photograph(size, orientation))
+    seen = []
+    real = ImageOps.fit
+    monkeypatch.setattr(ImageOps, "fit", lambda image, size: (seen.append(image.size), real(image, size))[1])
+    x = p.load_data(str(tmp_path), "nowhere", 32).train[0]
+    assert seen == [decoded] * 2 and min(decoded) >= 64
+    whole = ImageOps.exif_transpose(Image.open(tmp_path / "0.jpg"))
+    want = torch.from_numpy(np.asarray(real(whole, (32, 32))).copy()).permute(2, 0, 1)
+    difference = (x.int() - want.int()).abs()
+    assert difference.float().mean() < 1.5 and difference.max() <= 16
+
+
+@pytest.mark.parametrize("side", [64, 0])
+def test_a_jpeg_that_is_not_four_times_as_large_is_decoded_whole(side, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(photograph((255, 255) if side else (96, 64)))
+    x = p.load_data(str(tmp_path), "nowhere", side).train[0]
+    image = Image.open(tmp_path / "0.jpg")
+    want = ImageOps.fit(image, (side, side)) if side else image
+    assert np.array_equal(x.permute(1, 2, 0).numpy(), np.asarray(want))
+
+
+def test_a_large_grey_jpeg_stays_grey(tmp_path):
+    image = Image.open(io.BytesIO(photograph((1600, 1200)))).convert("L")
+    for i in range(2):
+        image.save(tmp_path / f"{i}.jpg", quality=90)
+    x = p.load_data(str(tmp_path), "nowhere", 32).train[0]
+    want = torch.from_numpy(np.asarray(ImageOps.fit(image, (32, 32))).astype(int))
+    assert x.shape == (1, 32, 32) and (x[0] - want).abs().float().mean() < 1
 
 
 MEASURE = """
@@ -626,23 +726,31 @@ import {script} as p
 def memory(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-p.load_data("few", "nowhere", 256)  # what the first call alone takes: libraries
+p.load_data("few" + "{suffix}", "nowhere", 256)  # what the first call alone takes: libraries
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-data = p.load_data("many", "nowhere", 256)
+data = p.load_data("many" + "{suffix}", "nowhere", 256)
 print(before, memory("VmHWM"), data.train.numel() + data.test.numel())
 """
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory is read from /proc")
-def test_memory_is_at_most_one_and_a_half_times_the_data(tmp_path):
-    raw = png((16, 16))
-    for folder, count in (("few", 3), ("many", 250)):
-        (tmp_path / folder).mkdir()
-        for i in range(count):
-            (tmp_path / folder / f"{i}.png").write_bytes(raw)
-    done = subprocess.run([sys.executable, "-c", MEASURE.format(script=SCRIPTS[0])], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("kind", ["folder", "folder with a broken image", "npz", "npz with a split", "compressed npz"])
+def test_memory_is_at_most_one_and_a_half_times_the_data(kind, tmp_path):
+    for name, count in (("few", 3), ("many", 250)):
+        if "folder" in kind:
+            for i in range(count):
+                paint(tmp_path / name / f"{i}.png", size=(16, 16))
+            if "broken" in kind:
+                (tmp_path / name / "broken.png").write_bytes(b"")
+        else:
+            images = np.random.RandomState(0).randint(0, 256, (count, 256, 256, 3), np.uint8)
+            n = count // 2
+            arrays = {"images": images[n:], "test_images": images[:n]} if "split" in kind else {"images": images}
+            (np.savez_compressed if "compressed" in kind else np.savez)(tmp_path / f"{name}.npz", **arrays)
+    code = MEASURE.format(script=SCRIPTS[0], suffix=".npz" * ("npz" in kind))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     before, peak, size = map(int, done.stdout.split())
     assert size == 250 * 3 * 256 * 256
@@ -669,3 +777,257 @@ def test_one_reader_reads_data_and_masks(tmp_path):
 def test_a_mask_of_16_bits_is_scaled_by_its_own_largest_value(tmp_path):
     store(tmp_path / "mask.png", np.array([[0, 500, 1000]], np.uint16))
     assert np.asarray(p.read_image(tmp_path / "mask.png")).tolist() == [[0, 128, 255]]
+
+
+# ------------------------------------------------------------------------------------------------ files of numpy arrays
+
+
+def images_of(n, *shape, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, (n, *shape), np.uint8)
+
+
+def assert_same_data(a, b):
+    assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a.names == b.names
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, ">i8"])
+def test_npz_with_a_split(save, shape, kind, tmp_path):
+    """What is in the file, in its order."""
+    x, x_test = images_of(9, *shape), images_of(4, *shape, seed=1)
+    y, y_test = np.arange(9).astype(kind) % 3, np.array([0, 1, 1, 0]).astype(kind)
+    save(tmp_path / "a.npz", images=x, labels=y, test_images=x_test, test_labels=y_test, names=["x", "y", "z"], other=[1.5])
+    data = p.load_data(str(tmp_path / "a.npz"), "nowhere")
+    C = shape[2] if len(shape) == 3 else 1
+    assert data.train.shape == (9, C, 5, 7) and data.test.shape == (4, C, 5, 7) and data.names == ("x", "y", "z")
+    for got, want in ((data.train, x), (data.test, x_test)):
+        assert got.dtype == torch.uint8 and np.array_equal(got.permute(0, 2, 3, 1).numpy(), want.reshape(-1, 5, 7, C))
+    for got, want in ((data.train_labels, y), (data.test_labels, y_test)):
+        assert got.dtype == torch.int64 and got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("n", [2, 10, 25])
+def test_npz_without_a_split_is_split_as_a_folder(labelled, n, tmp_path):
+    """The images of a folder in the order of their names, as arrays: the same are held out, and all stand in the same order."""
+    x = images_of(n, 4, 6)
+    y = np.arange(n) * 2 // n
+    for i in range(n):
+        store(tmp_path / "folder" / "ab"[y[i] if labelled else 0] / f"{i:02d}.png", x[i])
+    np.savez(tmp_path / "a.npz", images=x, **{"labels": y, "names": ["a", "b"]} if labelled else {})
+    data = p.load_data(str(tmp_path / "a.npz"), "nowhere")
+    assert_same_data(data, p.load_data(str(tmp_path / "folder"), "nowhere"))
+    assert len(data.test) == -(-n // 10) and len(data.names) == 2 * labelled
+
+
+def test_npz_names(tmp_path):
+    """Numbers where none are given; none where all labels are 0; more than labels may be."""
+    def names(labels, **more):
+        np.savez(tmp_path / "a.npz", images=images_of(4, 2, 2), labels=labels, **more)
+        return p.load_data(str(tmp_path / "a.npz"), "nowhere").names
+
+    assert names([0, 3, 1, 0]) == ("0", "1", "2", "3")
+    assert names([0, 0, 0, 0]) == names([0, 0, 0, 0], names=["a"]) == ()
+    assert names([0, 1, 1, 0], names=["a", "b", "c"]) == ("a", "b", "c")
+
+
+def test_npz_at_another_size_is_cropped_at_the_centre(tmp_path):
+    """As PIL does it: bilinear, antialiased, of the square at the centre."""
+    for H, W in ((40, 60), (61, 40), (40, 40)):
+        x = np.repeat(np.repeat(images_of(4, H // 10 + 1, W // 10 + 1, 3), 10, 1), 10, 2)[:, :H, :W]
+        np.savez(tmp_path / "a.npz", images=x[:2], test_images=x[2:])
+        S, top, left = min(H, W), (H - min(H, W)) // 2, (W - min(H, W)) // 2
+        for size in (16, 50):
+            got = all_of(p.load_data(str(tmp_path / "a.npz"), "nowhere", size)).permute(0, 2, 3, 1)
+            squares = [Image.fromarray(image[top:top + S, left:left + S]) for image in x]
+            want = [np.asarray(square.resize((size, size), Image.BILINEAR)) for square in squares]
+            assert (got.int() - torch.from_numpy(np.stack(want)).int()).abs().max() <= 2
+
+
+def test_large_images_in_an_npz_are_refused_without_an_image_size(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", images=images_of(3, 20, 129))
+    line = refused(capsys, str(tmp_path / "a.npz"), "nowhere")
+    assert "129 x 20" in line and "--image-size 64" in line
+    assert p.load_data(str(tmp_path / "a.npz"), "nowhere", 64).train.shape == (2, 1, 64, 64)
+
+
+GOOD = {"images": images_of(6, 4, 4, 3), "labels": np.arange(6) % 2}
+TESTED = GOOD | {"test_images": GOOD["images"], "test_labels": GOOD["labels"]}
+BAD = {  # what is in the file, and the words of the error
+    "no images": ({"x": GOOD["images"]}, "images is not a file"),
+    "images of real numbers": (GOOD | {"images": np.zeros((6, 4, 4), np.float32)}, "images are float32 (6, 4, 4), not uint8"),
+    "images in rows": (GOOD | {"images": np.zeros((6, 48), np.uint8)}, "(6, 48), not uint8 (N,H,W) or (N,H,W,C)"),
+    "channels first": (GOOD | {"images": np.zeros((6, 3, 4, 4), np.uint8)}, "(6, 3, 4, 4), not uint8"),
+    "videos": (GOOD | {"images": np.zeros((6, 4, 4, 1, 3), np.uint8)}, "(6, 4, 4, 1, 3)"),
+    "one number": (GOOD | {"images": np.uint8(3)}, "()"),
+    "nothing": (GOOD | {"images": np.zeros((0, 4, 4, 3), np.uint8), "labels": np.zeros(0, int)}, "(0, 4, 4, 3)"),
+    "one image": ({"images": GOOD["images"][:1]}, "at least 2 images"),
+    "fewer labels": (GOOD | {"labels": np.zeros(5, int)}, "labels are int64 (5,), not 6 integers"),
+    "labels in a column": (GOOD | {"labels": np.zeros((6, 1), int)}, "labels are int64 (6, 1)"),
+    "labels below 0": (GOOD | {"labels": np.arange(6) - 1}, "integers from 0 to 65535"),
+    "labels without end": (GOOD | {"labels": np.arange(6) * 10**9}, "integers from 0 to 65535"),
+    "real labels": (GOOD | {"labels": np.zeros(6)}, "labels are float64"),
+    "fewer names than labels": (GOOD | {"names": ["a"]}, "a name for each label"),
+    "no test labels": ({key: a for key, a in TESTED.items() if key != "test_labels"}, "test_labels is not a file"),
+    "no labels": ({key: a for key, a in TESTED.items() if key != "labels"}, "labels is not a file"),
+    "no test images": ({key: a for key, a in TESTED.items() if key != "test_images"}, "test_images is not a file"),
+    "test images of another size": (TESTED | {"test_images": np.zeros((6, 5, 4, 3), np.uint8)}, "test_images of the shape"),
+    "grey test images": (TESTED | {"test_images": np.zeros((6, 4, 4), np.uint8)}, "test_images of the shape of images"),
+    "bad test labels": (TESTED | {"test_labels": np.arange(6) - 3}, "test_labels are int64"),
+    "objects": (GOOD | {"images": np.array([Payload()] * 6)}, "Object arrays cannot be loaded"),
+    "names that are objects": (GOOD | {"names": np.array([Payload(), Payload()])}, "Object arrays cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("arrays, words", BAD.values(), ids=BAD)
+def test_an_npz_of_other_things_is_refused(arrays, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", **arrays)
+    line = refused(capsys, "a.npz", "nowhere")
+    assert line.startswith("--dataset a.npz: ") and words in line
+    assert not Path("payload ran").exists()
+
+
+def npy():
+    buffer = io.BytesIO()
+    np.save(buffer, GOOD["images"])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("raw", [b"", b"text", npy(), pickle.dumps(Payload())], ids=["empty", "text", "npy", "pickle"])
+def test_what_is_no_zip_is_refused(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.npz").write_bytes(raw)
+    assert refused(capsys, "a.npz", "nowhere") == "--dataset a.npz: File is not a zip file"
+    assert not Path("payload ran").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("key", ["images", "labels", "test_images", "test_labels", "names"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_npz_is_refused(save, key, damage, tmp_path, capsys):
+    """No image with a wrong pixel goes unseen: each array has a checksum."""
+    path = tmp_path / "a.npz"
+    save(path, **TESTED, names=["a", "b"])
+    assert len(p.load_data(str(path), "nowhere").train) == 6
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{key}.npy")
+    at = info.header_offset + 30 + len(info.filename) + info.compress_size  # 20 bytes of extra fields stand before the data
+    if damage == "cut":
+        raw = raw[:at]
+    else:
+        raw[at] ^= 16
+    path.write_bytes(raw)
+    assert refused(capsys, str(path), "nowhere").startswith(f"--dataset {path}: ")
+
+
+def test_an_npz_that_there_is_not(tmp_path, capsys):
+    assert "nor a folder or a FILE.npz" in refused(capsys, str(tmp_path / "a.npz"), "nowhere")
+
+
+def test_a_script_reads_its_own_samples(tmp_path, monkeypatch):
+    """samples.npz of a run is a data set."""
+    name = "diffusion"  # its samples have labels
+    module = importlib.import_module(name)
+    tiny.small_digits(module, monkeypatch)
+    assert tiny.run(module, tiny.flags(name, tmp_path / "run", "--num-samples", 20)) == 0
+    data = p.load_data(str(tmp_path / "run" / "samples.npz"), "nowhere")
+    assert data.train.shape == (18, 1, 8, 8) and data.test.shape == (2, 1, 8, 8) and data.names == tuple("0123456789")
+    order = np.random.RandomState(0).permutation(20)
+    with np.load(tmp_path / "run" / "samples.npz") as arrays:
+        assert np.array_equal(all_of(data)[:, 0].numpy(), arrays["images"][order, :, :, 0])
+
+
+# --------------------------------------------------------------------------------------------------------- tools/pack.py
+
+
+pack = tiny.load_tool("pack")
+
+
+def classes_of_photographs(root):
+    """Two classes in train/ and test/, a file in neither, one that is broken, one turned by a quarter and one large JPEG."""
+    for i in range(24):
+        store(root / ("test" if i % 6 == 0 else "train") / "ab"[i % 2] / f"{i}.png", images_of(1, 12, 9 + i % 3, 3, seed=i)[0])
+    (root / "train" / "a" / "broken.png").write_bytes(b"broken")
+    (root / "train" / "a" / "turned.jpg").write_bytes(photograph((400, 300), 6))
+    store(root / "other" / "1.png", images_of(1, 8, 8, 3)[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_on_the_packed_file_is_that_on_the_folder(script, tmp_path, capsys):
+    """Bit for bit: weights, figures and samples, classes and split."""
+    module = importlib.import_module(script)
+    classes_of_photographs(tmp_path / "photos")
+    pack.main([str(tmp_path / "photos"), str(tmp_path / "new" / "photos.npz"), "--image-size", "8"])
+    out, err = capsys.readouterr()
+    assert out == (f"{tmp_path / 'new' / 'photos.npz'}: 21 images to train on, 4 to test on, of 3 x 8 x 8; 2 classes"
+                   "; 1 skipped; 1 in unused folders\n") and "broken.png" in err
+    runs = []
+    for name, flags in (("photos", ["--image-size", 8]), ("new/photos.npz", [])):
+        runs.append(tmp_path / f"run{len(runs)}")
+        assert tiny.run(module, tiny.flags(script, runs[-1], "--dataset", tmp_path / name, *flags)) == 0
+        assert f"{name}: 21 images to train on, 4 to test on, of 3 x 8 x 8; " in capsys.readouterr().out
+    tiny.assert_same_state(*map(tiny.load_checkpoint, runs), ignore=("dataset", "image_size"))
+    assert tiny.metrics(runs[0]) == tiny.metrics(runs[1])
+    assert np.array_equal(*(np.load(run / "samples.npz")["images"] for run in runs))
+
+
+@pytest.mark.parametrize("names", [(), ("Größe", "日本", os.fsdecode(b"not \xff utf-8"))])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pack_keeps_everything(names, mode, tmp_path):
+    for i in range(33):
+        path = tmp_path / "photos" / (names[i % 3] if names else "") / f"{i}.png"
+        paint(path, i if mode == "L" else (i, 0, 1), mode=mode)
+    path = tmp_path / "photos.npz"
+    pack.main([str(tmp_path / "photos"), str(path)])
+    data = p.load_data(str(tmp_path / "photos"), "nowhere")
+    assert data.train.shape == (29, len(mode), 6, 6) and set(data.names) == set(names)
+    assert_same_data(data, p.load_data(str(path), "nowhere"))
+    with np.load(path) as arrays:
+        assert set(arrays) == {"images", "test_images"} | ({"labels", "test_labels", "names"} if names else set())
+    with zipfile.ZipFile(path) as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+@pytest.mark.parametrize("argv, code, words", [
+    (["nowhere", "a.npz"], 2, "FOLDER nowhere: is not a folder"),
+    (["photos", "a.zip"], 2, "FILE.npz a.zip: must be a file whose name ends in .npz"),
+    (["photos", "folder.npz"], 2, "FILE.npz folder.npz: must be a file"),
+    (["photos", "a.npz", "--image-size", "-1"], 2, "--image-size -1: must be from 0 to 4096"),
+    (["photos", "a.npz", "--image-size", "x"], 2, "--image-size"),
+    (["photos"], 2, "FILE.npz"),
+    (["photos", "a file/a.npz"], 1, "cannot write"),
+    (["folder.npz", "a.npz"], 2, "at least 2 are needed"),
+    (["large", "a.npz"], 2, "add --image-size 64"),
+])
+def test_pack_says_what_it_cannot_do(argv, code, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        paint(Path(f"photos/{i}.png"))
+        paint(Path(f"large/{i}.png"), size=(200, 100))
+    Path("folder.npz").mkdir()
+    Path("a file").write_text("")
+    Path("a.npz").write_text("old")
+    with pytest.raises(SystemExit) as e:
+        pack.main(argv)
+    assert e.value.code == code and words in error_line(capsys.readouterr().err)
+    assert Path("a.npz").read_text() == "old"  # a file that is there stays until a new one is whole
+
+
+def test_a_pack_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        paint(tmp_path / "photos" / f"{i}.png")
+    path = tmp_path / "a.npz"
+    path.write_text("old")
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(SystemExit) as e:
+        pack.main([str(tmp_path / "photos"), str(path)])
+    assert e.value.code == 1 and "No space left on device" in error_line(capsys.readouterr().err)
+    assert path.read_text() == "old" and {f.name for f in tmp_path.iterdir()} == {"photos", "a.npz"}

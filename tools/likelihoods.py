@@ -46,7 +46,7 @@ def bits_of(folder, others, data_dir=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder of a run of flow.py")
-    parser.add_argument("others", nargs="*", help="data sets beside the run's own: mnist, fashion_mnist, a folder")
+    parser.add_argument("others", nargs="*", help="data sets beside the run's own: mnist, fashion_mnist, a folder, a FILE.npz")
     parser.add_argument("--data-dir", help="folder where data sets are looked for; by default the run's")
     args = parser.parse_args(argv)
     bits = bits_of(args.folder, args.others, args.data_dir)

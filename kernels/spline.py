@@ -259,8 +259,8 @@ class _Spline(torch.autograd.Function):
 def _invert_few(y, params, tail_bound):
     """x and log dx/dy, (N,), of few numbers y (N,) under params (G, 3K - 1, P), N = G P, where no gradient is asked for.
 
-    Few calls, as each costs more than its work. At the root of eq. 6 to 8 d eta / d xi = R / D, where R^2 is the discriminant: by the
-    implicit function theorem, instead of eq. 5.
+    In few calls, as each costs more than its work. At the root of eq. 6 to 8 d eta / d xi = R / D, where R^2 is the
+    discriminant: by the implicit function theorem, instead of eq. 5.
     """
     K = (params.shape[1] + 1) // 3
     params = params.movedim(1, 0).reshape(3 * K - 1, -1)  # [3K - 1, N]

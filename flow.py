@@ -311,10 +311,11 @@ class TarFlow(nn.Module):
         return [x], total
 
     def inverse(self, eps, y, how):
-        """v (B,C,H,W), and how often a network was called. `how` is cached, jacobi (inverse_jacobi) or learned."""
-        x = self.learned(eps[0], y)[-1] if how == "learned" else from_normal(eps[0]) if self.spline else eps[0]
-        calls = int(how == "learned")
-        for block in reversed(self.blocks[:0] if how == "learned" else self.blocks):
+        """v (B,C,H,W), and how often a network was called. `how` is cached, jacobi (inverse_jacobi), learned or auto."""
+        learned = how == "learned" or how == "auto" and self.learned is not None
+        x = self.learned(eps[0], y)[-1] if learned else from_normal(eps[0]) if self.spline else eps[0]
+        calls = int(learned)
+        for block in reversed(self.blocks[:0] if learned else self.blocks):
             x = x.flip(1, 2)
             x, more = inverse_jacobi(block, x, y) if how == "jacobi" else block.inverse(x, y)
             calls += more
@@ -1313,10 +1314,6 @@ def choose(cfg, H, W):
     glow = cfg.arch == "glow"
     if cfg.learn_inverse and (glow or not cfg.init):
         raise ValueError("--learn-inverse: needs --arch tarflow and a trained flow; --init FOLDER names its run")
-    if cfg.inverse == "auto":
-        cfg.inverse = "learned" if cfg.learn_inverse else "cached"
-    if cfg.inverse == "learned" and not cfg.learn_inverse:
-        raise ValueError("--inverse learned: this run has none; --learn-inverse --init FOLDER trains one")
     cfg.width = cfg.width or (64 if glow else 128)
     largest = 2 if min(H, W) < 16 else 4
     cfg.patch = cfg.patch or max(p for p in range(1, largest + 1) if H % p == 0 and W % p == 0)
@@ -1355,6 +1352,8 @@ def load(folder, device="cpu"):
 
 def main(argv=None):
     cfg, saved = parse_args(argv)
+    if cfg.inverse == "learned" and not cfg.learn_inverse:
+        fail("--inverse learned: this run has none; --learn-inverse --init FOLDER trains one")
     run = Run(cfg, saved)
     if cfg.mode != "sample":
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)

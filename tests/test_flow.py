@@ -285,8 +285,8 @@ def test_the_learned_inverse_takes_labels_noise_and_temperature():
     """One call; every position sees all of the noise; half the temperature is half the noise."""
     model, cfg = learnable()
     eps, y = [torch.randn(3, *model.f.noise_shapes[0], dtype=torch.float64)], torch.arange(3)
-    assert cfg.inverse == "learned"  # by default, as there is one
-    images, calls = sample(model, eps, y, cfg)
+    images, calls = sample(model, eps, y, cfg)  # by default, as there is one
+    assert torch.equal(images, sample(model, eps, y, dataclasses.replace(cfg, inverse="learned"))[0])
     assert calls == 1 and images.shape == (3, 1, 4, 6)
     assert not torch.allclose(images, sample(model, eps, (y + 1) % 3, cfg)[0])
     half, _ = sample(model, eps, y, dataclasses.replace(cfg, temperature=0.5))

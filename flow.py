@@ -8,11 +8,12 @@ The modern remedy is the autoregressive flow (TarFlow): a causal transformer rea
 numbers how to transform the next one. Forward takes one pass, inverse one position after another.
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
-(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021). In this order:
+(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), BiFlow (Lu 2025). In this order:
   change of variables, bits/dim ... log_density, log_likelihood       RealNVP eq. 3, Flow++ eq. 12
   couplings, splines .............. affine_coupling, spline_coupling  RealNVP 3.2, Durkan eqs. 4-8
   autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
   classical flow .................. Step, Glow                        Glow table 1, RealNVP sec. 3.6
+  learned inverse ................. LearnedInverse, inverse_loss      BiFlow sec. 4
   extras .......................... inverse_jacobi, denoise, Dequantizer
 
   python flow.py                                                # digits, needs no download
@@ -45,6 +46,7 @@ class Config:
     layers: int = 2  # tarflow: transformer layers a block (1 to 256)
     n_head: int = 4  # tarflow: attention heads (1 to 256)
     patch: int = 0  # tarflow: pixels a side of a position, 0: the most that fit, 2 below 16 pixels, else 4 (0 to 64)
+    learn_inverse: bool = False  # tarflow: train a network that inverts the flow of --init in one pass; the flow stays
     scales: int = 0  # glow: how often the image is halved, 0: while both sides are even, 1 to 3 times (0 to 12)
     steps_per_scale: int = 8  # glow: steps of actnorm, 1x1 convolution and coupling at each scale (1 to 1024)
     recompute: bool = False  # glow: keep the inputs of the steps alone, the backward pass computes the rest again
@@ -54,7 +56,7 @@ class Config:
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
     decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
     # evaluation and sampling, free to change on a trained model
-    inverse: Literal["cached", "jacobi"] = "cached"  # tarflow: one position at a time, or all until nothing changes
+    inverse: Literal["auto", "cached", "jacobi", "learned"] = "auto"  # of tarflow; auto: learned where it is, else cached
     temperature: float = 1.0  # factor on the noise that samples are made of; 0: the image of zero noise (0 to 100)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     # core, the same in all six scripts
@@ -292,11 +294,14 @@ class TarFlow(nn.Module):
         self.shrink = 1 / (1 + 8 * cfg.noise) if self.spline else 1.0  # leaves room for 8 deviations of --noise
         self.blocks = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.blocks))
         self.noise_shapes = [(T, D)]
+        self.learned = LearnedInverse(T, D, classes, cfg) if cfg.learn_inverse else None
 
-    def forward(self, v, y):
+    def forward(self, v, y, states=None):
         x = self.shrink * F.pixel_unshuffle(v, self.patch).flatten(2).transpose(1, 2)  # (B,T,D)
         total = v.new_full((len(v),), v[0].numel() * math.log(self.shrink))
         for block in self.blocks:
+            if states is not None:
+                states.append(x.flip(1, 2) if len(states) % 2 else x)  # what enters the block, in raster order
             x, log_det = block(x, y)
             x = x.flip(1, 2)
             total = total + log_det
@@ -306,10 +311,11 @@ class TarFlow(nn.Module):
         return [x], total
 
     def inverse(self, eps, y, how):
-        """v (B,C,H,W), and how often a block's network was called. `how` is cached or jacobi (inverse_jacobi)."""
-        x = from_normal(eps[0]) if self.spline else eps[0]
-        calls = 0
-        for block in reversed(self.blocks):
+        """v (B,C,H,W), and how often a network was called. `how` is cached, jacobi (inverse_jacobi), learned or auto."""
+        learned = how == "learned" or how == "auto" and self.learned is not None
+        x = self.learned(eps[0], y)[-1] if learned else from_normal(eps[0]) if self.spline else eps[0]
+        calls = int(learned)
+        for block in reversed(self.blocks[:0] if learned else self.blocks):
             x = x.flip(1, 2)
             x, more = inverse_jacobi(block, x, y) if how == "jacobi" else block.inverse(x, y)
             calls += more
@@ -560,7 +566,7 @@ def initialise(model, v, y):
         hook.remove()
 
 
-# ---- extras: another inverse (--inverse jacobi), samples without noise (--noise), learned noise (--dequantize variational)
+# ---- extras: other inverses (jacobi, learned), samples without noise (--noise), learned noise (--dequantize variational)
 
 def inverse_jacobi(block, z, y):
     """x from z (B,T,D), all positions at once from the last guess until nothing changes; and the calls of the network.
@@ -578,6 +584,39 @@ def inverse_jacobi(block, z, y):
         x[todo] = x_new
         todo = changed.cumsum(1) - changed.int() > 0  # positions after the first change of their image
     return x, calls
+
+
+class LearnedInverse(nn.Module):
+    """The inverse of a TarFlow in one pass: a transformer in which each position sees all, from noise z (B,T,D) to x.
+    It has three layers for each block of the flow, and what they end with tells what entered that block."""
+
+    def __init__(self, T, D, classes, cfg):
+        super().__init__()
+        self.embed = nn.Linear(2 * D, cfg.width)
+        self.label = nn.Embedding(max(classes, 1), cfg.width)
+        self.position = nn.Parameter(0.1 * torch.randn(T, cfg.width))
+        self.layers = nn.ModuleList(TransformerBlock(cfg.width, cfg.n_head) for _ in range(3 * cfg.blocks))
+        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, D)) for _ in range(cfg.blocks))
+
+    def forward(self, z, y):
+        z = z.flip(1, 2) if len(self.heads) % 2 else z  # each block has turned the order round
+        h = self.embed(torch.cat([z, from_normal(z)], 2)) + self.label(y)[:, None] + self.position
+        states = []
+        for i, head in enumerate(self.heads):
+            for layer in self.layers[3 * i:3 * i + 3]:
+                h = layer(h, lambda q, k, v: attention(q, k, v, None))
+            states.append(head(h))
+        return states  # what enters each block, from the last to the first, which the image enters: (B,T,D), in raster order
+
+
+def inverse_loss(model, x, y, cfg):
+    """How far the learned inverse is from levels x (B,C,H,W) in {0..255}, given their noise: the mean square, in units of
+    [-1,1], over what enters the flow's blocks. The first is the image, the others are BiFlow's hidden alignment."""
+    states = []
+    with torch.no_grad():
+        v, _ = dequantize(model, x)
+        eps, _ = model.f(v + cfg.noise * torch.randn_like(v), y, states)
+    return sum(F.mse_loss(a, b) for a, b in zip(model.f.learned(eps[0], y), reversed(states), strict=True)) / len(states)
 
 
 def denoise(model, v, y, sigma):
@@ -621,6 +660,11 @@ class Dequantizer(nn.Module):
 def train(data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
     model = build(run.shape, run.classes, cfg).to(run.device)
+    if cfg.learn_inverse and not run.saved:  # the flow gets no gradient, so it stays as it was
+        taught, _ = read_run(cfg.init)
+        for name in "coupling width dequantize blocks layers n_head patch labels noise".split():
+            if getattr(taught, name) != getattr(cfg, name):
+                fail(f"--learn-inverse: {name} is {getattr(taught, name)} in the run in {cfg.init}, and must be here")
     if not run.saved:
         v, _ = dequantize(model, data.train[:256].to(run.device))
         initialise(model, v, data.train_labels[:256].to(run.device))
@@ -635,10 +679,11 @@ def train(data, cfg, run):
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizer.param_groups[0]["lr"] = lr
         with run.autocast():
-            nll = loss(model, x, y, cfg)
-        norm = run.update(nll, model, optimizer)
+            batch_loss = (inverse_loss if cfg.learn_inverse else loss)(model, x, y, cfg)
+        norm = run.update(batch_loss, model, optimizer)
         update_ema(ema, model, step, cfg.ema)
-        run.log(loss=nll, bpd=nll / math.log(2), grad_norm=norm, lr=lr)
+        bits = {} if cfg.learn_inverse else {"bpd": batch_loss / math.log(2)}
+        run.log(loss=batch_loss, **bits, grad_norm=norm, lr=lr)
 
 
 @torch.no_grad()
@@ -1322,6 +1367,8 @@ class Run:
 def choose(cfg, H, W):
     """Write what the size of the images decides into the fields that are 0. ValueError where fields do not fit."""
     glow = cfg.arch == "glow"
+    if cfg.learn_inverse and (glow or not cfg.init):
+        raise ValueError("--learn-inverse: needs --arch tarflow and a trained flow; --init FOLDER names its run")
     cfg.width = cfg.width or (64 if glow else 128)
     largest = 2 if min(H, W) < 16 else 4
     cfg.patch = cfg.patch or max(p for p in range(1, largest + 1) if H % p == 0 and W % p == 0)
@@ -1360,6 +1407,8 @@ def load(folder, device="cpu"):
 
 def main(argv=None):
     cfg, saved = parse_args(argv)
+    if cfg.inverse == "learned" and not cfg.learn_inverse:
+        fail("--inverse learned: this run has none; --learn-inverse --init FOLDER trains one")
     run = Run(cfg, saved)
     if cfg.mode != "sample":
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)

@@ -230,6 +230,155 @@ def test_both_inverses_are_the_same():
     assert len(solved) == used and solved[0] == 4 * 16 and all(n <= 4 * (16 - i) for i, n in enumerate(solved))
 
 
+# ---- the learned inverse
+
+
+def learnable(**fields):
+    """A flow with a network that learns its inverse, all weights random."""
+    return build("tarflow", (1, 4, 6), patch=2, std=0.3, learn_inverse=True, init="a run", **fields)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_the_states_are_what_enters_each_block(blocks):
+    """Turned round where a block takes them so; the last block makes noise of the last, and the density is none the wiser."""
+    model, cfg = learnable(blocks=blocks)
+    (v, y), states = batch(3, (1, 4, 6), 0.3), []
+    eps, log_det = model.f(v, y, states)
+    alone, log_det_alone = model.f(v, y)
+    assert torch.equal(eps[0], alone[0]) and torch.equal(log_det, log_det_alone)
+    assert len(states) == blocks
+    assert torch.equal(states[0], flow.F.pixel_unshuffle(v, 2).flatten(2).transpose(1, 2))
+    for i, block in enumerate(model.f.blocks):  # T = 6 positions, flipped where i is odd
+        x = states[i].flip(1, 2) if i % 2 else states[i]
+        out = block(x, y)[0]
+        want = states[i + 1] if i + 1 < blocks else flow.from_normal(eps[0] if blocks % 2 == 0 else eps[0].flip(1, 2))
+        assert_close(out if i % 2 == 0 else out.flip(1, 2), want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_perfect_inverse_has_no_loss_and_any_error_its_square():
+    """Against a table of the states by hand, shifted by what is then the loss; labels and noise are those of the flow."""
+    model, cfg = learnable()
+    model.float()
+    x, y = torch.randint(0, 256, (3, 1, 4, 6)), torch.tensor([0, 2, 1])
+    torch.manual_seed(1)
+    v, _ = dequantize(model, x)
+    states = []
+    eps, _ = model.f(v, y, states)
+    shifts, seen = [0.0, 0.0], []
+
+    class Perfect(nn.Module):
+        def forward(self, z, labels):
+            seen.append((z, labels))
+            return [states[1] + shifts[0], states[0] + shifts[1]]
+
+    model.f.learned = Perfect()
+    for shifts[:], want in (([0.0, 0.0], 0.0), ([0.2, 0.0], 0.02), ([0.0, 0.4], 0.08), ([0.2, -0.4], 0.1)):
+        torch.manual_seed(1)
+        assert_close(flow.inverse_loss(model, x, y, cfg).item(), want, rtol=1e-5, atol=1e-12)
+    assert_close(seen[0][0], eps[0].detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(seen[0][1], y)
+    shifts[:] = [0.0, 0.0]
+    assert_close(model.f.inverse(eps, y, "learned")[0], v)  # and its last state is the image
+
+
+def test_the_learned_inverse_takes_labels_noise_and_temperature():
+    """One call; every position sees all of the noise; half the temperature is half the noise."""
+    model, cfg = learnable()
+    eps, y = [torch.randn(3, *model.f.noise_shapes[0], dtype=torch.float64)], torch.arange(3)
+    images, calls = sample(model, eps, y, cfg)  # by default, as there is one
+    assert torch.equal(images, sample(model, eps, y, dataclasses.replace(cfg, inverse="learned"))[0])
+    assert calls == 1 and images.shape == (3, 1, 4, 6)
+    assert not torch.allclose(images, sample(model, eps, (y + 1) % 3, cfg)[0])
+    half, _ = sample(model, eps, y, dataclasses.replace(cfg, temperature=0.5))
+    assert_close(half, model.f.inverse([eps[0] / 2], y, "learned")[0])
+    assert not torch.allclose(half, images)
+    J = torch.autograd.functional.jacobian(lambda z: model.f.learned(z, y[:1])[-1], eps[0][:1])
+    assert (J.abs() > 0).all()
+    exact = [sample(model, eps, y, dataclasses.replace(cfg, inverse=how))[0] for how in ("cached", "jacobi")]
+    assert_close(*exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_learned_inverse_trains_alone_and_resumes(digits, tmp_path, monkeypatch):
+    """From the averaged flow of --init, which stays bit for bit, and so does each test figure; eight steps are the same as
+    four and four more; the samples are the network's own."""
+    base, whole, parts = (tmp_path / name for name in ("base", "whole", "parts"))
+    flow.main([*TINY, "--out", str(base)])
+    seen, update = [], flow.Run.update
+
+    def record(self, loss, model, *args):
+        norm = update(self, loss, model, *args)
+        seen.append({name for name, p in model.named_parameters() if p.grad is not None})
+        return norm
+
+    monkeypatch.setattr(flow.Run, "update", record)
+    more = ["--learn-inverse", "--init", str(base), "--lr", "0.01", "--warmup", "0"]
+    flow.main([*TINY, *more, "--out", str(whole), "--steps", "8"])
+    assert len(seen) == 8 and all(name.startswith("f.learned.") for names in seen for name in names)
+    flow.main([*TINY, *more, "--out", str(parts)])
+    flow.main(["--resume", "--out", str(parts), "--steps", "8"])
+    was, one, two = (tiny.load_checkpoint(folder) for folder in (base, whole, parts))
+    tiny.assert_same_state(one, two)
+    for part in ("model", "ema_model"):
+        for name, value in one[part].items():
+            assert name.startswith("f.learned.") or torch.equal(value, was["ema_model"][name])
+    assert final(whole)["test_bpd"] == final(base)["test_bpd"]
+    bits = [np.load(folder / "likelihoods.npz")["test"] for folder in (base, whole)]
+    assert (bits[0] == bits[1]).all()
+    assert [line.keys() for line in tiny.metrics(whole)[:-1]] == 8 * [{"step", "loss", "grad_norm", "lr"}]
+
+    written = np.load(whole / "samples.npz")["images"]
+    model, cfg = flow.load(whole)
+    noise = flow.draw_noise(model, 4, torch.Generator().manual_seed(cfg.seed))
+    images, calls = sample(model, noise, torch.arange(4), cfg)
+    assert calls == 1 and (flow.quantize(images).permute(0, 2, 3, 1).numpy() == written).all()
+    flow.main(["--mode", "sample", "--out", str(whole), "--inverse", "cached"])
+    exact = np.load(whole / "sampled" / "samples.npz")["images"]
+    assert (exact == np.load(base / "samples.npz")["images"]).all() and (exact != written).any()
+
+
+def test_the_learned_inverse_nears_the_exact_one():
+    """Of a flow with random weights, small enough to know by heart: 60 steps halve the error of the mean image."""
+    model, cfg = build("tarflow", (1, 4, 4), patch=2, learn_inverse=True, init="a run", width=16, n_head=1)
+    model.float()
+    optimizer = torch.optim.Adam(model.f.learned.parameters(), 3e-3)
+    for _ in range(60):
+        loss = flow.inverse_loss(model, torch.randint(0, 256, (64, 1, 4, 4)), torch.arange(64) % 3, cfg)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.grad is None for name, p in model.named_parameters() if "learned" not in name)
+    with torch.no_grad():
+        v, _ = dequantize(model, torch.randint(0, 256, (200, 1, 4, 4)))
+        eps, _ = model.f(v, torch.arange(200) % 3)
+    exact, learned = (sample(model, eps, torch.arange(200) % 3, dataclasses.replace(cfg, inverse=how))[0]
+                      for how in ("cached", "learned"))
+    assert_close(exact, v, rtol=0, atol=1e-3)
+    assert ((learned - v) ** 2).mean() < 0.5 * v.var(0).mean()
+
+
+@pytest.mark.parametrize("flags", ["--layers 2", "--n-head 1", "--no-labels", "--coupling affine", "--noise 0.1"])
+def test_the_learned_inverse_wants_the_flow_of_init(flags, digits, tmp_path, capsys):
+    flow.main([*TINY, "--out", str(tmp_path / "base")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        flow.main([*TINY, *flags.split(), "--learn-inverse", "--init", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "--learn-inverse" in tiny.error_line(capsys.readouterr().err)
+
+
+def test_no_learned_inverse_is_one_line(digits, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    flow.main([*TINY, "--out", out])
+    for argv in (["--mode", "sample", "--out", out, "--inverse", "learned"], [*TINY, "--out", out + "2", "--learn-inverse"],
+                 [*TINY, "--out", out + "3", "--learn-inverse", "--arch", "glow", "--init", out]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            flow.main(argv)
+        assert stop.value.code == 2 and "--learn-inverse" in tiny.error_line(capsys.readouterr().err)
+
+
+# ---- samples with and without noise
+
+
 def test_denoising_gaussian_data():
     """Tweedie: data N(0, 1) seen through noise of deviation s has the posterior mean v / (1 + s^2)."""
     class Gaussian(nn.Module):

@@ -163,7 +163,7 @@ CORE = {  # of all six scripts
 }
 ELSEWHERE = {  # what these are for is seen in other files: tests of the plumbing, of faults and of the kernels
     "dataset", "data_dir", "image_size", "init", "mode", "minutes", "device", "compile", "kernels", "out", "resume",
-    "overwrite", "save_every", "recompute", "consistency"}
+    "overwrite", "save_every", "recompute", "consistency", "learn_inverse"}
 MAY = {  # change besides
     ("flow", "inverse"): {SAMPLES, GRIDS},  # it ends where nothing changes by 1e-5, and a level may be another
     **{(name, "eval_images"): {GRIDS} for name in SCRIPTS},  # of test images

@@ -48,6 +48,13 @@ def by_loop(*args):
         module.FEW = few
 
 
+def by_few(x, params, bound=BOUND, reverse=True):
+    """The plain inverse as it is for few numbers, where no gradient is asked for."""
+    assert reverse and x.numel() <= module.FEW
+    with torch.no_grad():
+        return spline_coupling_torch(x, params, bound, reverse)
+
+
 def reference(reverse=False, bound=BOUND):
     return spline(reverse, spline_coupling_reference, bound)
 
@@ -219,6 +226,48 @@ def test_of_extreme_parameters(f, reverse, dtype):
     assert all(a.isfinite().all() for a in (y, log_det, dx, d_params)) and y.abs().max() <= BOUND * (1 + 1e-6)
     want, log_want = spline(reverse, spline_coupling_torch)(x.double(), params.double())
     assert torch.allclose(y.double(), want, atol=1e-2)
+
+
+@pytest.mark.parametrize("K", [1, 2, 8, 64])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 1, 1), (7, 16), (4, 3, 5), (2, 2, 3, 4)])
+def test_the_inverse_of_few(shape, K, monkeypatch):
+    """In float64 what comes back is what went in, to the last digits, and both slopes are each other's reciprocal; the sums
+    over an image are of its own numbers. Where a gradient is asked for the other form gives the same."""
+    x, params = inputs(shape, K, torch.float64)
+    x.view(-1)[:4] = torch.tensor([BOUND, -BOUND, 1.5 * BOUND, 0.0], dtype=torch.float64)[:x.numel()]
+    y, forward = spline()(x, params)
+    calls, inside = [], module._invert_few
+    monkeypatch.setattr(module, "_invert_few", lambda *args: calls.append(args) or inside(*args))
+    back, inverse = by_few(y, params)
+    assert len(calls) == 1 and back.shape == x.shape and inverse.shape == (len(x),)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(inverse, -forward, rtol=0, atol=1e-9)
+    for other in (spline(True, spline_coupling_torch)(*leaves((y, params), torch.float64)), by_loop(y, params, BOUND, True)):
+        torch.testing.assert_close(other[0].detach(), back, rtol=0, atol=1e-10)
+        torch.testing.assert_close(other[1].detach(), inverse, rtol=0, atol=1e-9)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_of_few_at_ends_knots_and_extremes(dtype):
+    """Beyond the bound y itself bit for bit, and a slope of 1; knots go to their knots; what is not a number stays none; bins
+    as narrow as they can be give finite numbers within the bound, those of float64."""
+    params = inputs((1, 6), 4, dtype)[1]
+    far = torch.tensor([[-math.inf, -1e4, -BOUND - 1e-3, BOUND + 1e-3, 1e4, math.inf]], dtype=dtype, device=DEVICE)
+    back, inverse = by_few(far, params)
+    assert torch.equal(back, far) and inverse.item() == 0
+    assert by_few(torch.full_like(far, math.nan), params)[0].isnan().all()
+    raw = torch.randn(11, dtype=torch.float64)
+    xs, ys, d = (torch.tensor(a, dtype=torch.float64) for a in knots(raw.tolist(), 4))
+    back, inverse = by_few(ys.to(DEVICE, dtype)[:, None], raw.to(DEVICE, dtype).repeat(5, 1))  # each knot is a sample
+    near = 1e-5 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(back[:, 0].double().cpu(), xs, rtol=0, atol=near)
+    torch.testing.assert_close(inverse.double().cpu(), -torch.log(d), rtol=0, atol=10 * near)
+    y = torch.linspace(-BOUND, BOUND, 64, dtype=dtype, device=DEVICE).view(1, 64)
+    params = ((torch.rand(1, 64 * 14, device=DEVICE) - 0.5).sign() * 1e3).to(dtype)
+    back, inverse = by_few(y, params)
+    assert inverse.isfinite().all() and back.abs().max() <= BOUND * (1 + 1e-6)
+    torch.testing.assert_close(back.double(), by_loop(y.double(), params.double(), BOUND, True)[0], rtol=0, atol=1e-2)
 
 
 def test_zero_parameters():

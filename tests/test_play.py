@@ -219,4 +219,4 @@ def test_picture_shows_every_image_at_its_place(channels, n):
 def test_without_gradio_one_line_says_what_to_do(runs):
     code = "import sys; sys.modules['gradio'] = None; sys.argv[0] = 'explore.py'; import explore; explore.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, str(runs["gan"])], cwd=ROOT / "tools", capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install gradio" in error_line(done.stderr) and not done.stdout
+    assert done.returncode == 1 and 'pip install "gradio>=6"' in error_line(done.stderr) and not done.stdout

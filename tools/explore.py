@@ -1,6 +1,6 @@
 """Play with a trained run in the browser: move a slider, and new images come back.
 
-  pip install gradio
+  pip install "gradio>=6"
   python tools/explore.py RUN [--port 7860]         # for instance runs/diffusion-mnist or pretrained/vae-mnist
 
 The page is served to this computer alone (127.0.0.1). It shows 24 samples, and below them a strip that tells how the
@@ -27,16 +27,18 @@ from strip import script_of
 SAMPLES = 24
 STRIP = 9  # images of a strip, at most
 EVERY = "all in turn"
-WAY = "from the noise of the first sample to that of the second"
-TITLES = {"vae": WAY, "gan": WAY, "flow": WAY, "diffusion": "the chain of the first sample, from noise to image",
-          "autoregressive": "the order in which the first sample is drawn", "vqgan": "the order in which codes are drawn"}
+WAY = "From the noise of the first sample to that of the second"
+TITLES = {"vae": WAY, "gan": WAY, "flow": WAY, "diffusion": "The chain of the first sample, from noise to image",
+          "autoregressive": "The order in which the first sample is drawn",
+          "vqgan": "The order in which the codes of the first sample are drawn"}
 
 
 @dataclasses.dataclass
 class Slider:
-    """A control: the field of Config that it sets (or seed, that of the noise), its range, first value and step."""
+    """A control: the field of Config that it sets (or seed), a word about it, its range, first value and step."""
 
     name: str
+    about: str
     low: float
     high: float
     value: float
@@ -73,17 +75,17 @@ class Explorer:
         self.shape = tuple(saved["facts"]["shape"])
         self.names = list(saved["facts"]["names"])
         self.classes = saved["facts"]["classes"]
-        self.sliders = [Slider("seed", 0, 1000, 0, 1), *self.own_sliders()]
+        self.sliders = [Slider("seed", "of the noise", 0, 1000, 0, 1), *self.own_sliders()]
 
     def own_sliders(self):
         cfg = self.cfg
         if self.name == "diffusion":
-            sliders = [Slider("nfe", 1, max(64, cfg.nfe), cfg.nfe, 1)]
+            sliders = [Slider("nfe", "network evaluations", 1, max(64, cfg.nfe), cfg.nfe, 1)]
             if self.classes and cfg.sampler != "consistency":  # a tuned network is guided already
-                sliders.append(Slider("guidance", 0, max(5, cfg.guidance), cfg.guidance, 0.25))
+                sliders.append(Slider("guidance", "towards the class", 0, max(5, cfg.guidance), cfg.guidance, 0.25))
             return sliders
         lowest = 0.05 if self.name in ("autoregressive", "vqgan") else 0  # these two divide by it
-        return [Slider("temperature", lowest, max(1.5, cfg.temperature), cfg.temperature, 0.05)]
+        return [Slider("temperature", "below 1: less varied", lowest, max(1.5, cfg.temperature), cfg.temperature, 0.05)]
 
     def draw(self, label, **values):
         """label: a class's name, or EVERY; values: one for each slider -> samples and strip, (N,C,H,W) uint8."""
@@ -165,14 +167,17 @@ def page(explorer, title):
         return picture(samples, 8), picture(strip, STRIP)
 
     with gradio.Blocks(title=title, analytics_enabled=False) as blocks:
-        gradio.Markdown(f"# {title}")
+        gradio.Markdown(f"## {title}")
         with gradio.Row():
             with gradio.Column(scale=1):
                 label = gradio.Dropdown([EVERY, *explorer.names], value=EVERY, label="class", visible=explorer.classes > 0)
-                controls = [gradio.Slider(s.low, s.high, s.value, step=s.step, label=s.name) for s in explorer.sliders]
+                controls = [gradio.Slider(s.low, s.high, s.value, step=s.step, label=f"{s.name} ({s.about})")
+                            for s in explorer.sliders]
             with gradio.Column(scale=3):
-                samples = gradio.Image(label="samples", format="png", buttons=["download"])
-                strip = gradio.Image(label=TITLES[explorer.name], format="png", buttons=["download"])
+                gradio.Markdown("Samples")
+                samples = gradio.Image(show_label=False, format="png", buttons=[], alt_text="samples")
+                gradio.Markdown(TITLES[explorer.name])
+                strip = gradio.Image(show_label=False, format="png", buttons=[], alt_text=TITLES[explorer.name])
         inputs = [label, *controls]
         for control in inputs:
             control.change(show, inputs, [samples, strip], trigger_mode="always_last", show_progress="hidden")
@@ -188,9 +193,10 @@ def main(argv=None):
     try:
         import gradio  # noqa: F401
     except ImportError:
-        sys.exit("error: the page is made with gradio, which is not there: pip install gradio")
+        sys.exit("error: the page is made with gradio, which is not there: pip install \"gradio>=6\"")
     explorer = Explorer(args.run)
-    page(explorer, f"{explorer.name}.py: {args.run}").launch(server_name="127.0.0.1", server_port=args.port, share=False)
+    page(explorer, f"{explorer.name}.py: {Path(args.run).resolve().name}").launch(
+        server_name="127.0.0.1", server_port=args.port, share=False, footer_links=["settings"])
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def main(argv=None):
         sys.exit("error: the page is made with gradio, which is not there: pip install \"gradio>=6\"")
     explorer = Explorer(args.run)
     page(explorer, f"{explorer.name}.py: {Path(args.run).resolve().name}").launch(
-        server_name="127.0.0.1", server_port=args.port, share=False, footer_links=["settings"])
+        server_name="127.0.0.1", server_port=args.port, share=False, footer_links=["gradio", "settings"])
 
 
 if __name__ == "__main__":

@@ -220,3 +220,21 @@ def test_without_gradio_one_line_says_what_to_do(runs):
     code = "import sys; sys.modules['gradio'] = None; sys.argv[0] = 'explore.py'; import explore; explore.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, str(runs["gan"])], cwd=ROOT / "tools", capture_output=True, text=True)
     assert done.returncode == 1 and 'pip install "gradio>=6"' in error_line(done.stderr) and not done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_page_has_the_controls_and_shows_what_draw_gives(explorers, name):
+    gradio = pytest.importorskip("gradio")
+    explorer = explorers[name]
+    blocks = explore.page(explorer, "a run")
+    sliders = [block for block in blocks.blocks.values() if isinstance(block, gradio.Slider)]
+    assert [(s.minimum, s.maximum, s.value) for s in sliders] == [(s.low, s.high, s.value) for s in explorer.sliders]
+    (menu,) = [block for block in blocks.blocks.values() if isinstance(block, gradio.Dropdown)]
+    assert menu.visible == (name != "vae") and len(menu.choices) == 1 + explorer.classes
+    values = values_of(explorer, seed=3)
+    expected = explorer.draw(explore.EVERY, **values)
+    functions = list(blocks.fns.values())
+    assert len(functions) == 2 + len(sliders)  # of each control, and of the page when it is opened
+    shown = functions[0].fn(explore.EVERY, *values.values())
+    for found, images, columns in zip(shown, expected, (8, explore.STRIP), strict=True):
+        np.testing.assert_array_equal(found, explore.picture(images, columns))

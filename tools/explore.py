@@ -195,8 +195,11 @@ def main(argv=None):
     except ImportError:
         sys.exit("error: the page is made with gradio, which is not there: pip install \"gradio>=6\"")
     explorer = Explorer(args.run)
-    page(explorer, f"{explorer.name}.py: {Path(args.run).resolve().name}").launch(
-        server_name="127.0.0.1", server_port=args.port, share=False, footer_links=["gradio", "settings"])
+    blocks = page(explorer, f"{explorer.name}.py: {Path(args.run).resolve().name}")
+    try:
+        blocks.launch(server_name="127.0.0.1", server_port=args.port, share=False, footer_links=["gradio", "settings"])
+    except OSError as e:  # the port is taken
+        sys.exit(f"error: --port {args.port}: {e}")
 
 
 if __name__ == "__main__":

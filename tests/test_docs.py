@@ -17,7 +17,8 @@ import kernels
 import kernels.group_norm
 from tiny import CORE, ROOT, SCRIPTS, TINY, flags, getsource, load_tool, run, sync
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels" / "README.md",
+                ROOT / "pretrained" / "README.md"])
 LANGUAGES = (".fr", ".zh-CN")
 TRANSLATED = ("README", "docs/tradeoffs")
 Command = namedtuple("Command", "page program argv")  # program: diffusion.py, tools/report.py; argv: strings

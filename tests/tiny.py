@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,16 @@ def handlers_kept():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def tiny_run(name, out, *more):
+    """Train a tiny run of digits in the folder `out`, far enough that noise, class and settings show in its images."""
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_digits(module, monkeypatch)
+        argv = flags(name, out, "--steps", 12, "--save-every", 100, "--warmup", 0, "--lr", 0.02, *more)
+        assert run(module, argv) == 0
+    return module
 
 
 def make_data(module, train=40, test=11, shape=(1, 8, 8), classes=3, seed=0):

@@ -1,13 +1,13 @@
 """Play with a trained run in the browser: move a slider, and new images come back.
 
-  pip install gradio
+  pip install "gradio>=6"
   python tools/explore.py RUN [--port 7860]         # for instance runs/diffusion-mnist or pretrained/vae-mnist
 
 The page is served to this computer alone (127.0.0.1). It shows 24 samples, and below them a strip that tells how the
 family makes one:
-  vae, gan, flow     images on the way from one draw of the latent noise to another
-  diffusion          the chain: the latent before each step, from noise to the image
-  autoregressive     the order of drawing: the image after each eighth of its positions, grey where nothing is drawn yet
+  vae, gan, flow     the way from the latent noise of the first sample to that of the second, all in the class of the first
+  diffusion          the chain: the latent of the first sample before some of the steps, then the sample
+  autoregressive     the order of drawing: the first sample after each eighth of its positions, grey where nothing is drawn
   vqgan              the same, for the positions of its codes
 """
 
@@ -19,24 +19,34 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts, from whatever directory this is run
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the scripts and the other tools, from whatever directory this is run
 
-from tools.strip import script_of
+from strip import script_of
 
 SAMPLES = 24
-STRIP = 9  # images of a strip
+STRIP = 9  # images of a strip, at most
 EVERY = "all in turn"
+WAY = "From the noise of the first sample to that of the second"
+TITLES = {"vae": WAY, "gan": WAY, "flow": WAY, "diffusion": "The chain of the first sample, from noise to image",
+          "autoregressive": "The order in which the first sample is drawn",
+          "vqgan": "The order in which the codes of the first sample are drawn"}
 
 
 @dataclasses.dataclass
 class Slider:
-    """A control: the field of Config that it sets, or another word, with its range."""
+    """A control: the field of Config that it sets (or seed), a word about it, its range, first value and step."""
 
     name: str
+    about: str
     low: float
     high: float
     value: float
     step: float
+
+    def kind(self, value):
+        """A value as Config has it: whole where the steps are."""
+        return int(value) if self.step == 1 else float(value)
 
 
 def mix(a, b, weight):
@@ -44,14 +54,14 @@ def mix(a, b, weight):
     return math.cos(weight * math.pi / 2) * a + math.sin(weight * math.pi / 2) * b
 
 
-def revealed(image, rows, columns):
-    """image (C,H,W) uint8 -> (STRIP,C,H,W): its positions, in a grid of rows and columns, drawn one after another."""
-    C, H, W = image.shape
-    row = torch.arange(H) * rows // H
-    column = torch.arange(W) * columns // W
-    position = row[:, None] * columns + column  # in raster order
-    steps = [round(rows * columns * k / (STRIP - 1)) for k in range(STRIP)]
-    return torch.stack([torch.where(position < drawn, image, torch.full_like(image, 127)) for drawn in steps])
+def revealed(image, side):
+    """image (C,H,W) -> (STRIP,C,H,W): its positions of side x side pixels, drawn in raster order, an eighth more in each."""
+    _, H, W = image.shape
+    columns = math.ceil(W / side)
+    total = math.ceil(H / side) * columns
+    position = torch.arange(H)[:, None] // side * columns + torch.arange(W) // side  # (H,W)
+    drawn = [round(total * k / (STRIP - 1)) for k in range(STRIP)]
+    return torch.stack([torch.where(position < n, image, 127) for n in drawn])
 
 
 class Explorer:
@@ -65,23 +75,23 @@ class Explorer:
         self.shape = tuple(saved["facts"]["shape"])
         self.names = list(saved["facts"]["names"])
         self.classes = saved["facts"]["classes"]
-        self.sliders = [Slider("seed", 0, 1000, 0, 1), *self.own_sliders()]
+        self.sliders = [Slider("seed", "of the noise", 0, 1000, 0, 1), *self.own_sliders()]
 
     def own_sliders(self):
         cfg = self.cfg
         if self.name == "diffusion":
-            sliders = [Slider("nfe", 1, 64, cfg.nfe, 1)]
-            if cfg.sampler != "consistency":  # a tuned network is guided already
-                sliders.append(Slider("guidance", 0, 5, cfg.guidance, 0.25))
+            sliders = [Slider("nfe", "network evaluations", 1, max(64, cfg.nfe), cfg.nfe, 1)]
+            if self.classes and cfg.sampler != "consistency":  # a tuned network is guided already
+                sliders.append(Slider("guidance", "towards the class", 0, max(5, cfg.guidance), cfg.guidance, 0.25))
             return sliders
-        return [Slider("temperature", 0, 1.5, cfg.temperature, 0.05)]
+        lowest = 0.05 if self.name in ("autoregressive", "vqgan") else 0  # these two divide by it
+        return [Slider("temperature", "below 1: less varied", lowest, max(1.5, cfg.temperature), cfg.temperature, 0.05)]
 
     def draw(self, label, **values):
         """label: a class's name, or EVERY; values: one for each slider -> samples and strip, (N,C,H,W) uint8."""
-        fields = {name: value for name, value in values.items() if name in vars(self.cfg)}
-        kinds = {name: type(getattr(self.cfg, name)) for name in fields}
-        cfg = dataclasses.replace(self.cfg, **{name: kinds[name](value) for name, value in fields.items()})
-        torch.manual_seed(int(values["seed"]))
+        values = {slider.name: slider.kind(values[slider.name]) for slider in self.sliders}
+        torch.manual_seed(values.pop("seed"))
+        cfg = dataclasses.replace(self.cfg, **values)
         y = torch.arange(SAMPLES) % max(self.classes, 1)
         if label != EVERY:
             y = torch.full((SAMPLES,), self.names.index(label))
@@ -92,11 +102,9 @@ class Explorer:
         model, = self.networks
         z = self.script.sample_prior(model, SAMPLES, cfg.temperature)
         way = torch.stack([torch.lerp(z[0], z[1], k / (STRIP - 1)) for k in range(STRIP)])
-        images = []
-        for part in (z, way):
-            params = self.script.descend(model, part, cfg.temperature)
-            images.append(self.script.to_uint8(self.script.pixel_mean(params, cfg.likelihood)))
-        return images
+        samples = self.script.descend(model, z, cfg.temperature)
+        strip = self.script.descend(model, way, 0.0)  # in a chain of latents, the means of those below the top
+        return [self.script.to_uint8(self.script.pixel_mean(params, cfg.likelihood)) for params in (samples, strip)]
 
     def gan(self, cfg, y):
         G = self.networks[0]
@@ -128,15 +136,14 @@ class Explorer:
         model, = self.networks
         levels, _ = self.script.sample(model, y, torch.rand(SAMPLES, *self.shape), cfg)
         samples = self.script.to_pixels(levels, cfg)
-        side = cfg.patch if cfg.arch == "transformer" else 1
-        return samples, revealed(samples[0], math.ceil(self.shape[1] / side), math.ceil(self.shape[2] / side))
+        return samples, revealed(samples[0], cfg.patch)
 
     def vqgan(self, cfg, y):
         autoencoder, prior = self.networks
-        rows, columns = self.script.code_grid(*self.shape[1:], cfg)
-        indices = self.script.sample(prior, y, torch.rand(SAMPLES, rows, columns), cfg)
-        samples = self.script.to_uint8(autoencoder.draw(indices)[..., :self.shape[1], :self.shape[2]])
-        return samples, revealed(samples[0], rows, columns)
+        _, H, W = self.shape
+        indices = self.script.sample(prior, y, torch.rand(SAMPLES, *prior.grid), cfg)
+        samples = self.script.to_uint8(autoencoder.draw(indices)[..., :H, :W])
+        return samples, revealed(samples[0], cfg.downsample)
 
 
 def picture(images, columns):
@@ -159,16 +166,18 @@ def page(explorer, title):
         samples, strip = explorer.draw(label, **named)
         return picture(samples, 8), picture(strip, STRIP)
 
-    with gradio.Blocks(title=title) as blocks:
-        gradio.Markdown(f"# {title}")
+    with gradio.Blocks(title=title, analytics_enabled=False) as blocks:
+        gradio.Markdown(f"## {title}")
         with gradio.Row():
             with gradio.Column(scale=1):
-                conditional = explorer.name != "vae" and explorer.classes > 0
-                label = gradio.Dropdown([EVERY, *explorer.names], value=EVERY, label="class", visible=conditional)
-                controls = [gradio.Slider(s.low, s.high, s.value, step=s.step, label=s.name) for s in explorer.sliders]
+                label = gradio.Dropdown([EVERY, *explorer.names], value=EVERY, label="class", visible=explorer.classes > 0)
+                controls = [gradio.Slider(s.low, s.high, s.value, step=s.step, label=f"{s.name} ({s.about})")
+                            for s in explorer.sliders]
             with gradio.Column(scale=3):
-                samples = gradio.Image(label="samples", format="png", buttons=["download"])
-                strip = gradio.Image(label="how one is made", format="png", buttons=["download"])
+                gradio.Markdown("Samples")
+                samples = gradio.Image(show_label=False, format="png", buttons=[], alt_text="samples")
+                gradio.Markdown(TITLES[explorer.name])
+                strip = gradio.Image(show_label=False, format="png", buttons=[], alt_text=TITLES[explorer.name])
         inputs = [label, *controls]
         for control in inputs:
             control.change(show, inputs, [samples, strip], trigger_mode="always_last", show_progress="hidden")
@@ -184,9 +193,13 @@ def main(argv=None):
     try:
         import gradio  # noqa: F401
     except ImportError:
-        sys.exit("error: the page is made with gradio, which is not there: pip install gradio")
+        sys.exit("error: the page is made with gradio, which is not there: pip install \"gradio>=6\"")
     explorer = Explorer(args.run)
-    page(explorer, f"{explorer.name}.py: {args.run}").launch(server_name="127.0.0.1", server_port=args.port, share=False)
+    blocks = page(explorer, f"{explorer.name}.py: {Path(args.run).resolve().name}")
+    try:
+        blocks.launch(server_name="127.0.0.1", server_port=args.port, share=False, footer_links=["gradio", "settings"])
+    except OSError as e:  # the port is taken
+        sys.exit(f"error: --port {args.port}: {e}")
 
 
 if __name__ == "__main__":

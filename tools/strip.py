@@ -2,9 +2,10 @@
 
   python tools/strip.py RUN FOLDER                  # for instance runs/diffusion-mnist pretrained/diffusion-mnist
 
-RUN is the folder of a trained run of any of the six scripts. FOLDER/checkpoint.pt gets the networks that the script's
-load() reads (the averaged weights), the config and the facts of the data; not the optimizer, nor the weights that were
-being trained. It is read as any other: `load(FOLDER)`, `--mode sample --out FOLDER`, `--init FOLDER`. It cannot be resumed.
+RUN is the folder of a trained run of any of the six scripts. FOLDER/checkpoint.pt gets the averaged networks, which the
+script's load() reads, the config and the facts of the data. It gets neither the optimizer nor the weights that were being
+trained. Settings that belong to the training's machine or command (folders, device) go back to their defaults.
+It is read as any other: `load(FOLDER)`, `--mode sample --out FOLDER`, `--init FOLDER`. It cannot be resumed.
 Prints the size and the SHA-256 of the file.
 """
 
@@ -14,15 +15,18 @@ import importlib
 import io
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts, from whatever directory this is run
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the scripts and the other tools, from whatever directory this is run
 
 from sync import SCRIPTS
 
 ABOUT = ("format", "script", "config", "facts", "step", "seconds")
+ALSO = {"gan": ["discriminator"]}  # what load() reads besides the averages
+# settings of the training's machine or command
+DEFAULT = ("data_dir", "device", "compile", "kernels", "out", "init", "mode", "resume", "overwrite", "eval_images")
 
 
 def script_of(folder):
@@ -30,24 +34,31 @@ def script_of(folder):
     path = Path(folder, "checkpoint.pt")
     try:
         name = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
-    except Exception as e:  # whatever a missing or damaged file raises
-        sys.exit(f"error: {path}: no checkpoint of a run: {type(e).__name__}")
+    except Exception as e:  # whatever a missing, damaged or hostile file raises
+        sys.exit(f"error: {path}: no checkpoint of a run ({type(e).__name__})")
     if f"{name}.py" not in SCRIPTS:
-        sys.exit(f"error: {path}: of no script here: {name}")
+        sys.exit(f"error: {path}: of a script that is not here: {name}")
     return importlib.import_module(name)
 
 
 def strip(run, folder):
-    """Write FOLDER/checkpoint.pt -> its bytes."""
+    """Write folder/checkpoint.pt, the small checkpoint of the run -> its bytes.
+
+    Exits with one line where `run` holds no run, or where it would overwrite what is not a small checkpoint.
+    """
     script = script_of(run)
-    with mock.patch.object(script, "restore", wraps=script.restore) as restore:
-        script.load(run)
-    kept = [name for call in restore.call_args_list for name in call.args[0]]
+    path = Path(folder, "checkpoint.pt")
+    if path.exists() and "scaler" in script_of(folder).read_run(folder)[1]:
+        sys.exit(f"error: {path}: is of a whole run, which could not be resumed any more; give another folder")
     _, saved = script.read_run(run)
-    state = {name: saved[name] for name in ABOUT} | {name: saved[name] for name in kept}
-    state["log_size"] = 0
+    state = {name: saved[name] for name in ABOUT}
+    state["config"] = saved["config"] | {name: getattr(script.Config, name) for name in DEFAULT}
+    state["log_size"] = 0  # its log stays with the run
+    kept = [name for name in saved if name.startswith("ema_")] + ALSO.get(script.__name__, [])
+    state |= {name: saved[name] for name in kept}
     torch.save(state, buffer := io.BytesIO())
-    script.write(Path(folder, "checkpoint.pt"), lambda f: f.write(buffer.getbuffer()), f"averaged weights of {run}")
+    script.write(path, lambda f: f.write(buffer.getbuffer()), f"what sampling needs of {run}: {', '.join(kept)}")
+    script.load(folder)
     return buffer.getvalue()
 
 

@@ -4,16 +4,14 @@
 
 Each fault is tried --rounds times on each script, at moments and places drawn from --seed. What must happen:
 
-  kill        SIGKILL at any moment. --resume ends bit for bit as a run that nothing disturbed: checkpoint, metrics, samples.
-  signal      SIGINT, SIGTERM or SIGHUP at any moment. Exit code 128 + signal and one line that says so; then as after kill.
-  truncate    checkpoint.pt cut short. --resume refuses it in one line, with exit code 2, and leaves the file as it is.
-  flip        One bit of checkpoint.pt changed. The same; a bit that means nothing, as in the archive's own fields, may pass:
-              then the run must end as an undisturbed one.
-  log         metrics.jsonl of a stopped run cut short, or a byte of it changed. --resume ends with the same checkpoint.
-  images      A folder of images of which a third are cut short or have a byte changed. The run works and counts what it skips.
-  disk        No file can grow beyond a limit that a checkpoint does not fit in. Exit code 1 and one line that names the run;
-              an old checkpoint stays, and the run goes on when there is space.
-  flags       Each number of Config at each of EXTREMES, once. Exit code 2 and one line that names the flag, or a run.
+  kill      SIGKILL. --resume ends bit for bit as a run that nothing disturbed: checkpoint, metrics, samples
+  signal    SIGINT, SIGTERM or SIGHUP. Exit code 128 + signal and one line that says so; then as after kill
+  truncate  checkpoint.pt cut short. --resume refuses it in one line, with exit code 2, and leaves the file as it is
+  flip      one bit of checkpoint.pt changed. The same; where the bit means nothing the run may end as an undisturbed one
+  log       metrics.jsonl of a stopped run cut short, or a byte of it changed. --resume ends with the same checkpoint
+  images    a folder of images of which a third are cut short. The run works and counts them
+  disk      no file can grow to half a checkpoint's size. Exit code 1 and one line; an old checkpoint stays; then as after kill
+  flags     each number of Config at each of EXTREMES, once. Exit code 2 and one line that names the flag, or a run
 
 Nothing may print a traceback, nor last longer than PATIENCE. A case that is not as it must be is printed with its command, and
 then the exit code is 1. Processes are forked from one that has imported PyTorch, so that each starts at once. For Linux.
@@ -30,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -75,7 +74,7 @@ class Bench:
         self.folder = folder
         self.rng = rng
         self.straight = self.new()
-        self.run(self.straight)  # the first in a new process is slow
+        self.run(self.straight)  # the first is slow
         start = time.monotonic()
         self.expect(self.run(self.straight, "--overwrite"), 0)
         self.seconds = time.monotonic() - start  # of a whole run; moments are drawn from them
@@ -109,7 +108,7 @@ class Bench:
     def some_time(self, child):
         """Wait for a moment between the child's begin and a little after its end."""
         child.wait_for((child.folder / "begun").exists)
-        child.process.join(self.rng.uniform(0, 1.1) * self.seconds)
+        child.process.join(self.rng.uniform(0, 1) * self.seconds)
 
     def expect(self, ended, code, words=""):
         """The exit code; where it is no success, one line of error with these words in it."""
@@ -198,21 +197,14 @@ def log(bench):
 def images(bench):
     folder = bench.new()
     folder.mkdir()
-    cut = 0
     for i in range(30):
-        path = folder / f"{i}.png"
-        Image.fromarray(np.random.RandomState(i).randint(0, 256, (8, 8), np.uint8)).save(path)
-        content = bytearray(path.read_bytes())
-        if i % 6 == 0:
-            cut += 1
-            path.write_bytes(content[:bench.rng.randrange(40)])  # within the header
-        elif i % 3 == 0:
-            content[bench.rng.randrange(len(content))] ^= 255
-            path.write_bytes(content)
+        Image.fromarray(np.random.RandomState(i).randint(0, 256, (8, 8), np.uint8)).save(folder / f"{i}.png")
+    for i in range(0, 30, 3):
+        content = (folder / f"{i}.png").read_bytes()
+        (folder / f"{i}.png").write_bytes(content[:bench.rng.randrange(40)])  # within the header
     code, err = bench.run(bench.new(), "--dataset", folder)
-    counts = [int(line.split()[1]) for line in err.splitlines() if line.startswith("skipped ")]
-    if code or len(counts) != 1 or not cut <= counts[0] <= 10:
-        raise Wrong(f"{bench.command}: exit code {code}, {counts} skipped, not {cut} to 10\n{err[-2000:]}")
+    if code or "skipped 10 images that cannot be read" not in err:
+        raise Wrong(f"{bench.command}: exit code {code}, or not 10 skipped\n{err[-2000:]}")
     return "skipped and counted"
 
 
@@ -231,25 +223,22 @@ def disk(bench):
 
 def extremes(bench, field, value):
     flag = "--" + field.replace("_", "-")
-    ended = bench.run(bench.new(), f"{flag}={value}")
-    if ended[0] in (0, 1):  # 1: a loss that is no longer finite, or lack of memory
-        bench.expect(ended, ended[0])
-        return "a run" if ended[0] == 0 else "stopped in one line"
-    bench.expect(ended, 2, flag)
-    return "refused"
+    ended = bench.run(bench.new(), "--steps", 2, "--eval-images", 4, f"{flag}={value}")
+    code = ended[0] if ended[0] in (0, 1) else 2  # 1: a loss that is not finite, or lack of memory
+    bench.expect(ended, code, flag if code == 2 else "")
+    return ("a run", "stopped in one line", "refused")[code]
 
 
 def cases(fault, bench, rounds):
-    """(what is tried, without arguments) for each case of a fault"""
+    """What is tried, a function without arguments for each case of a fault."""
     if fault != "flags":
-        return [lambda: FAULTS[fault](bench)] * rounds
+        return [partial(FAULTS[fault], bench)] * rounds
     fields = dataclasses.fields(importlib.import_module(bench.name).Config)
     numbers = [f.name for f in fields if {f.type, *get_args(f.type)} & {int, float}]
-    return [lambda f=f, v=v: extremes(bench, f, v) for f in numbers for v in EXTREMES]
+    return [partial(extremes, bench, name, value) for name in numbers for value in EXTREMES]
 
 
-FAULTS = {"kill": kill, "signal": stop, "truncate": truncate, "flip": flip, "log": log, "images": images, "disk": disk,
-          "flags": extremes}
+FAULTS = dict(kill=kill, signal=stop, truncate=truncate, flip=flip, log=log, images=images, disk=disk, flags=extremes)
 
 
 def main(argv=None):

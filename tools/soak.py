@@ -2,10 +2,10 @@
 
   python tools/soak.py vae [gan ...] [--minutes 60] [--out runs/soak] [flags of the scripts, the same for all]
 
-Memory is the resident set of the process (VmRSS in /proc, so Linux alone), in MB: its mean over the second minute of training
-and over the last, how much the last is above the second in percent, and the peak. Speed is steps a second in each third of the
-training, from metrics.jsonl. Evaluation and sampling, which come after the training, are not counted. The readings stay in
-soak.json beside the run.
+Memory is the resident set of the process (VmRSS in /proc, so Linux alone), in MB. `early` is its mean over the minute that
+follows the first minute of training and the first grid of samples, `last` that over the last minute; growth is how much the
+last is above the early one. Speed is steps a second in each third of the training, from metrics.jsonl. Evaluation and
+sampling, which come after the training, are not counted. The readings stay in soak.json beside the run.
 """
 
 import argparse
@@ -44,21 +44,22 @@ def watch(command, started, seconds, every=1.0):
     return process.returncode, readings
 
 
-def summary(readings, log):
+def summary(readings, log, save_every):
     """readings [(seconds, MB)], log [(step, seconds)] -> the figures of a row; a minute is a tenth of a run under ten."""
     t, memory = np.array(readings).T
-    minute = min(60, t[-1] / 10)
-    second = memory[(t >= minute) & (t < 2 * minute)].mean()
-    last = memory[t >= t[-1] - minute].mean()
     steps, at = np.array([(0, 0), *log], float).T
+    minute = min(60, t[-1] / 10)
+    start = min(max(minute, np.interp(save_every, steps, at)), t[-1] - minute)
+    early = memory[(t >= start) & (t < start + minute)].mean()
+    last = memory[t >= t[-1] - minute].mean()
     thirds = np.interp(np.linspace(0, at[-1], 4), at, steps)
-    return {"second": second, "last": last, "growth": 100 * (last / second - 1), "peak": memory.max(), "steps": int(steps[-1]),
+    return {"early": early, "last": last, "growth": 100 * (last / early - 1), "peak": memory.max(), "steps": int(steps[-1]),
             "speed": (np.diff(thirds) / (at[-1] / 3)).tolist()}
 
 
 def row(name, found):
     speed = ", ".join(f"{v:.2f}" for v in found["speed"])
-    return (f"| {name}.py | {found['second']:.0f} | {found['last']:.0f} | {found['growth']:+.1f} % | {found['peak']:.0f} | "
+    return (f"| {name}.py | {found['early']:.0f} | {found['last']:.0f} | {found['growth']:+.1f} % | {found['peak']:.0f} | "
             f"{found['steps']} | {speed} |")
 
 
@@ -69,7 +70,7 @@ def main(argv=None):
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     args, flags = parser.parse_known_args(argv)
-    print("| script | MB, second minute | MB, last minute | growth | MB, peak | steps | steps a second, by thirds |\n"
+    print("| script | MB, early | MB, last | growth | MB, peak | steps | steps a second, by thirds |\n"
           "|---|---|---|---|---|---|---|", flush=True)
     for name in args.scripts:
         out = args.out / name
@@ -81,7 +82,8 @@ def main(argv=None):
         if code:
             sys.exit(f"{name}.py ended with exit code {code}")
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found = summary(readings, [(line["step"], line["seconds"]) for line in lines if not line.get("final")])
+        log = [(line["step"], line["seconds"]) for line in lines if not line.get("final")]
+        found = summary(readings, log, json.loads(config.read_text())["save_every"])
         (out / "soak.json").write_text(json.dumps(found | {"readings": readings}))
         print(row(name, found), flush=True)
 

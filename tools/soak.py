@@ -30,8 +30,9 @@ def resident(pid):
     return int(lines[0].split()[1]) / 1024 if lines else 0.0
 
 
-def watch(command, started, seconds, every=1.0):
+def watch(command, started, seconds):
     """Run a command -> its exit code and the readings [(seconds since started() was first true, MB)] up to `seconds`."""
+    every = min(1, seconds / 100)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     readings = []
     start = None

@@ -1126,6 +1126,8 @@ def launch(main):
     except (MemoryError, RuntimeError) as e:
         if "kernels.mode" in str(e):
             fail(f"--kernels: {e}")
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            fail(f"another process cannot be reached; --resume continues {Run.out} ({e!r:.160})", 1)
         if not re.search("MemoryError|allocate memory|overflowed", repr(e)):
             raise
         fail(f"out of memory, a smaller --batch-size or --width helps ({(str(e) or 'no more').splitlines()[0]})", 1)
@@ -1317,13 +1319,17 @@ class Run:
         return norm
 
     def log(self, **metrics):
-        """Average metrics, the loss among them, into a line of metrics.jsonl every --log-every steps."""
+        """Average metrics, the loss among them, over steps and processes: a line of metrics.jsonl every --log-every steps."""
         if self.sums.keys() - {"count"} != metrics.keys():  # another stage of training
             self.sums.clear()
         self.sums.update({name: torch.as_tensor(value).detach() for name, value in metrics.items()} | {"count": 1})
         if self.step % self.cfg.log_every == 0:
             means = {name: float(total) / self.sums["count"] for name, total in self.sums.items() if name != "count"}
             self.sums.clear()
+            if self.world > 1:
+                total = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
+                dist.all_reduce(total)
+                means = dict(zip(means, (total / self.world).tolist(), strict=True))
             self.write_metrics(**means)
             rate = self.step / max(self.seconds, 1e-9)
             self.bar.set_postfix_str(f"step {self.step} loss {means['loss']:.4f} {rate:.1f} steps/s", refresh=False)

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 import tiny
-from tiny import ROOT, SCRIPTS, Child, error_line, flags, sync
+from tiny import ROOT, SCRIPTS, error_line, flags, sync
 
 p = importlib.import_module(SCRIPTS[0])  # the block is the same in all of them, as the first test says
 every_script = pytest.mark.parametrize("module", SCRIPTS, indirect=True)
@@ -1437,14 +1437,8 @@ def train_as_rank(out, world, rank):
     p.dist.destroy_process_group()
 
 
-def start_ranks(tmp_path, world, function, *args):
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
-    return [Child(tmp_path / f"rank{rank}", function, *args, rank, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(world)]
-
-
 def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
-    ranks = start_ranks(tmp_path, 2, train_as_rank, str(tmp_path / "run"), 2)
+    ranks = tiny.start_ranks(tmp_path, 2, train_as_rank, str(tmp_path / "run"), 2)
     single = train_a_few_steps(tmp_path / "single", 1)
     for child in ranks:
         assert child.join() == 0, child.stderr
@@ -1459,35 +1453,66 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
     torch.testing.assert_close(a["weights"], single["weights"])
 
 
-def share_noise(world, rank):
-    """From now on each of `world` processes draws its rows of the noise that one process would draw."""
-    randn, draws = torch.randn, itertools.count()
+def log_as_rank(out, rank):
+    """Rank r logs the losses 1 + 2r and 5 + 2r, and then 10r."""
+    run = make_run(out, "--steps", 3, "--log-every", 2)
+    for step in run.steps({}, preview):
+        run.log(loss=torch.tensor([1 + 2.0 * rank, 5 + 2.0 * rank, 10.0 * rank][step]), lr=0.5)
+    run.step = 4
+    run.log(loss=10 * rank, lr=0.25)
+    p.dist.destroy_process_group()
 
-    def part(n, *shape, generator=None, **more):
-        if generator is None:
-            return randn(n * world, *shape, generator=torch.Generator().manual_seed(next(draws)), **more)[rank::world]
-        return randn(n, *shape, generator=generator, **more)
 
-    torch.randn = part
+def test_what_is_logged_is_the_mean_of_all_processes(tmp_path):
+    for child in tiny.start_ranks(tmp_path, 4, log_as_rank, str(tmp_path / "run")):
+        assert child.join() == 0, child.stderr
+    assert tiny.metrics(tmp_path / "run") == [{"step": 2, "loss": 6.0, "lr": 0.5}, {"step": 4, "loss": 15.0, "lr": 0.375}]
+
+
+def share_noise(module, world, rank):
+    """From now on each of `world` processes draws its rows of the noise that one process would draw in that step."""
+    batch, rand, randn, calls = module.Run.batch, torch.rand, torch.randn, None
+
+    def counted(self, data):
+        nonlocal calls
+        calls = itertools.count(1000 * self.step)
+        return batch(self, data)
+
+    def part(draw, *size, generator=None, **more):
+        if generator is not None or calls is None:  # samples, or the weights that a network starts from
+            return draw(*size, generator=generator, **more)
+        n, *shape = torch.empty(*size, device="meta").shape
+        return draw(n * world, *shape, generator=torch.Generator().manual_seed(next(calls)), **more)[rank::world]
+
+    module.Run.batch = counted
+    torch.rand, torch.randn = functools.partial(part, rand), functools.partial(part, randn)
+    torch.rand_like, torch.randn_like = (lambda x: torch.rand(x.shape)), (lambda x: torch.randn(x.shape))
 
 
 def run_as_rank(name, argv, world, rank):
-    tiny.run_script(name, argv, (lambda module: share_noise(world, rank)) if name == "gan" else None)
+    tiny.run_script(name, argv, lambda module: share_noise(module, world, rank))
 
 
-@pytest.mark.parametrize("name, more", [("gan", ["--steps", 4]), ("vqgan", ["--steps", 4, "--stage1", 4])])
-def test_two_networks_trained_by_two_processes(name, more, tmp_path):
-    """Generator and discriminator, or autoencoder, codebook and discriminator: as one process trains them, to rounding."""
-    ends = []
-    for world in (1, 2):
-        for child in start_ranks(tmp_path / str(world), world, run_as_rank, name, flags(name, tmp_path / f"out{world}", *more),
-                                 world):
+@pytest.mark.parametrize("command", [
+    "gan", "vqgan --stage1 4", "vqgan --stage1 1 --dropout 0", "vae --levels 2", "vae --prior vamp --posterior iaf",
+    "flow --dequantize variational", "flow --arch glow", "autoregressive --dropout 0", "diffusion"])
+def test_each_script_trained_by_several_processes(command, tmp_path):
+    """Two and four processes end with the weights of one that has the joint batch and the same noise, and log what it logs."""
+    ends, logs = [], []
+    name, *more = command.split()
+    for world in (1, 2, 4):
+        argv = flags(name, tmp_path / f"out{world}", *more)
+        for child in tiny.start_ranks(tmp_path / str(world), world, run_as_rank, name, argv, world):
             assert child.join() == 0, child.stderr
-        ends.append(dict(tiny.leaves(tiny.load_checkpoint(tmp_path / f"out{world}"))))
-    one, two = ({n: v for n, v in end.items() if torch.is_tensor(v) and "optimizer" not in n} for end in ends)
-    assert one.keys() == two.keys() and len(one) > 20
-    for part, value in one.items():
-        torch.testing.assert_close(two[part], value, rtol=1e-3, atol=1e-4, msg=lambda m, part=part: f"{part}: {m}")
+        end = dict(tiny.leaves(tiny.load_checkpoint(tmp_path / f"out{world}")))
+        ends.append({n: v for n, v in end.items() if torch.is_tensor(v) and "optimizer" not in n})
+        logs.append(tiny.metrics(tmp_path / f"out{world}")[:-1])
+    for world in (1, 2):
+        assert ends[0].keys() == ends[world].keys() and len(ends[0]) > 20
+        for part, value in ends[0].items():
+            torch.testing.assert_close(ends[world][part], value, rtol=1e-3, atol=1e-4, msg=lambda m, part=part: f"{part}: {m}")
+        for one, several in zip(logs[0], logs[world], strict=True):
+            assert several == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):

@@ -252,3 +252,10 @@ class Child:
     @property
     def stderr(self):
         return (self.folder / "stderr.txt").read_text()
+
+
+def start_ranks(folder, world, function, *args):
+    """function(*args, rank) in each of `world` processes of one run, as torchrun starts them."""
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [Child(Path(folder) / f"rank{rank}", function, *args, rank, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)]

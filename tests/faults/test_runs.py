@@ -687,7 +687,7 @@ def stopped_in_the_reduction(rank, module):
 
     def all_reduce(tensor, *args):
         reduce(tensor, *args)
-        if tensor.dtype == torch.float64 and next(seen) == 3 and int(os.environ["RANK"]) == rank:
+        if len(tensor) == 2 and next(seen) == 3 and int(os.environ["RANK"]) == rank:
             signal.raise_signal(signal.SIGTERM)
     module.dist.all_reduce = all_reduce
 

@@ -1,0 +1,79 @@
+"""tools/chaos.py and tools/soak.py: a round of each, and that they see what is wrong."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tiny import ROOT, TINY, load_tool
+
+
+def tool(*argv):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=env)
+
+
+def test_a_round_of_each_fault():
+    faults = "kill signal truncate flip log images disk"
+    done = tool(ROOT / "tools" / "chaos.py", "--scripts", "gan", "--rounds", 1, "--faults", *faults.split())
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == faults.split()
+    assert all(row[2] == "1" and row[3].startswith("1 ") for row in rows)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import chaos
+    return chaos, chaos.Bench("gan", tmp_path, random.Random(0))
+
+
+def test_extremes_and_what_is_wrong(bench):
+    chaos, bench = bench
+    assert chaos.extremes(bench, "batch_size", "-1") == chaos.extremes(bench, "lr", "nan") == "refused"
+    assert chaos.extremes(bench, "seed", 2**31) == "a run"
+    numbers = chaos.cases("flags", bench, 1)
+    assert len(numbers) > 100 and len(numbers) % len(chaos.EXTREMES) == 0
+    out = bench.copy()
+    bench.resume(out)
+    log = (out / "metrics.jsonl").read_text()
+    (bench.straight / "metrics.jsonl").write_text(re.sub(r'"loss": [\d.]+', '"loss": 7', log, count=1))
+    with pytest.raises(chaos.Wrong, match="other metrics"):
+        bench.resume(out)
+    bench.resume(out, log=False)
+    saved = torch.load(bench.straight / "checkpoint.pt")
+    next(iter(saved["generator"].values())).view(-1)[0] += 1
+    torch.save(saved, bench.straight / "checkpoint.pt")
+    with pytest.raises(chaos.Wrong, match="generator"):
+        bench.resume(out, log=False)
+    with pytest.raises(chaos.Wrong, match="exit code 2, not 0"):
+        bench.expect(bench.run(out, "--batch-size", "0"), 0)
+
+
+def test_growth_and_speed():
+    """1 MB a second for a minute, then none; 10 steps a second in the first third, 5 in the second, 20 in the last."""
+    readings = [(t, 100.0 + min(t, 60)) for t in range(601)]
+    log = [(10 * t if t <= 200 else 2000 + 5 * (t - 200) if t <= 400 else 3000 + 20 * (t - 400), t) for t in range(10, 601, 10)]
+    soak = load_tool("soak")
+    flat = soak.summary(readings, log, 1)
+    assert flat["growth"] == 0 and flat["peak"] == flat["last"] == 160 and flat["steps"] == 7000
+    assert flat["speed"] == pytest.approx([10, 5, 20])
+    leak = soak.summary([(t, 100.0 + t / 10) for t in range(601)], log, 1)
+    assert leak["growth"] == pytest.approx(100 * (157 / 108.95 - 1))
+    late = soak.summary([(t, 100.0 + 10 * (t > 300)) for t in range(601)], log, 2501)  # the first grid adds 10 MB at 300 s
+    assert late["growth"] == 0 and late["early"] == 110
+    assert soak.row("vae", leak).startswith("| vae.py | 109 | 157 | +44.1 % | 160 | 7000 | 10.00, 5.00, 20.00 |")
+
+
+def test_a_short_soak(tmp_path):
+    done = tool(ROOT / "tools" / "soak.py", "gan", "--minutes", 0.1, "--out", tmp_path, "--log-every", 1, "--num-samples", 4,
+                "--eval-images", 4, *TINY["gan"].split())
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| gan.py \| \d{3,} \| \d{3,} \| [+-]\d", done.stdout, re.M)
+    failed = tool(ROOT / "tools" / "soak.py", "gan", "--minutes", 0.1, "--out", tmp_path, "--width", 0)
+    assert failed.returncode == 1 and "gan.py ended with exit code 2" in failed.stderr

@@ -313,9 +313,11 @@ class TarFlow(nn.Module):
     def inverse(self, eps, y, how):
         """v (B,C,H,W), and how often a network was called. `how` is cached, jacobi (inverse_jacobi), learned or auto."""
         learned = how == "learned" or how == "auto" and self.learned is not None
-        x = self.learned(eps[0], y)[-1] if learned else from_normal(eps[0]) if self.spline else eps[0]
+        x = from_normal(eps[0]) if self.spline else eps[0]
+        if learned:
+            x = self.learned(eps[0], y)[-1]
         calls = int(learned)
-        for block in reversed(self.blocks[:0] if learned else self.blocks):
+        for block in [] if learned else reversed(self.blocks):
             x = x.flip(1, 2)
             x, more = inverse_jacobi(block, x, y) if how == "jacobi" else block.inverse(x, y)
             calls += more

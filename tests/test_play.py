@@ -61,6 +61,21 @@ def test_what_is_kept_samples_as_the_whole_run(runs, name, tmp_path, capsys):
         np.testing.assert_array_equal(whole[key], again[key])
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_half_the_size(runs, name, tmp_path):
+    """Weights are rounded to float16; whole numbers stay as they are; load gives float32."""
+    strip.main([str(runs[name]), str(tmp_path / "half"), "--half"])
+    strip.strip(runs[name], tmp_path / "small")
+    half, small = load_checkpoint(tmp_path / "half"), load_checkpoint(tmp_path / "small")
+    for part in small.keys() - {"config", "facts"}:
+        if isinstance(small[part], dict):
+            for key, x in small[part].items():
+                assert half[part][key].dtype == (torch.float16 if x.is_floating_point() else x.dtype)
+                torch.testing.assert_close(half[part][key].to(x.dtype), x, rtol=2**-11, atol=1e-7)
+    *networks, _ = importlib.import_module(name).load(tmp_path / "half")
+    assert all(p.dtype == torch.float32 for network in networks for p in network.parameters())
+
+
 def test_settings_of_the_machine_do_not_travel(tmp_path):
     import gan
 

@@ -1,6 +1,7 @@
 """Keep of a run what sampling needs: a small checkpoint to pass on.
 
   python tools/strip.py RUN FOLDER                  # for instance runs/diffusion-mnist pretrained/diffusion-mnist
+  python tools/strip.py RUN FOLDER --half           # half the size: weights in float16, of 11 binary digits
 
 RUN is the folder of a trained run of any of the six scripts. FOLDER/checkpoint.pt gets the averaged networks, which the
 script's load() reads, the config and the facts of the data. It gets neither the optimizer nor the weights that were being
@@ -41,8 +42,8 @@ def script_of(folder):
     return importlib.import_module(name)
 
 
-def strip(run, folder):
-    """Write folder/checkpoint.pt, the small checkpoint of the run -> its bytes.
+def strip(run, folder, half=False):
+    """Write folder/checkpoint.pt, the small checkpoint of the run, maybe with weights in float16 -> its bytes.
 
     Exits with one line where `run` holds no run, or where it would overwrite what is not a small checkpoint.
     """
@@ -55,7 +56,8 @@ def strip(run, folder):
     state["config"] = saved["config"] | {name: getattr(script.Config, name) for name in DEFAULT}
     state["log_size"] = 0  # its log stays with the run
     kept = [name for name in saved if name.startswith("ema_")] + ALSO.get(script.__name__, [])
-    state |= {name: saved[name] for name in kept}
+    for name in kept:
+        state[name] = {key: x.half() if half and x.is_floating_point() else x for key, x in saved[name].items()}
     torch.save(state, buffer := io.BytesIO())
     script.write(path, lambda f: f.write(buffer.getbuffer()), f"what sampling needs of {run}: {', '.join(kept)}")
     script.load(folder)
@@ -66,8 +68,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a trained run")
     parser.add_argument("folder", help="folder of the checkpoint to write")
+    parser.add_argument("--half", action="store_true", help="weights in float16; they are float32 again when loaded")
     args = parser.parse_args(argv)
-    data = strip(args.run, args.folder)
+    data = strip(args.run, args.folder, args.half)
     print(f"{len(data) / 1e6:.2f} MB, SHA-256 {hashlib.sha256(data).hexdigest()}")
 
 

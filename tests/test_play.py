@@ -61,6 +61,19 @@ def test_what_is_kept_samples_as_the_whole_run(runs, name, tmp_path, capsys):
         np.testing.assert_array_equal(whole[key], again[key])
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_half_is_nearly_the_same(runs, name, tmp_path):
+    module = importlib.import_module(name)
+    whole = strip.strip(runs[name], tmp_path / "small")
+    half = strip.strip(runs[name], tmp_path / "half", half=True)
+    assert len(half) < len(whole)
+    found = [module.load(tmp_path / folder)[:-1] for folder in ("small", "half")]
+    full, rounded = ([p for network in networks for p in network.state_dict().values()] for networks in found)
+    for a, b in zip(full, rounded, strict=True):
+        torch.testing.assert_close(b, a, rtol=2**-10, atol=1e-7)  # the same type and shape, and 11 binary digits
+    assert not all(torch.equal(a, b) for a, b in zip(full, rounded, strict=True))
+
+
 def test_settings_of_the_machine_do_not_travel(tmp_path):
     import gan
 

@@ -138,6 +138,7 @@ def figure(folder, module, data_dir, images, monkeypatch):
 
         monkeypatch.setattr(module, "to_indices", few)
     argv = ["--mode", "eval", "--eval-images", images, "--data-dir", data_dir, "--device", "cpu", "--out", folder]
+    argv += ["--iw-samples", 100] if module.__name__ == "vae" else []
     assert run(module, argv) == 0
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return FIGURES[module.__name__].format(**last)

@@ -1,12 +1,12 @@
 """Keep of a run what sampling needs: a small checkpoint to pass on.
 
-  python tools/strip.py RUN FOLDER                  # for instance runs/diffusion-mnist pretrained/diffusion-mnist
-  python tools/strip.py RUN FOLDER --half           # half the size: weights in float16, of 11 binary digits
+  python tools/strip.py RUN FOLDER [--half]         # for instance runs/diffusion-mnist pretrained/diffusion-mnist
 
 RUN is the folder of a trained run of any of the six scripts. FOLDER/checkpoint.pt gets the averaged networks, which the
 script's load() reads, the config and the facts of the data. It gets neither the optimizer nor the weights that were being
 trained. Settings that belong to the training's machine or command (folders, device) go back to their defaults.
 It is read as any other: `load(FOLDER)`, `--mode sample --out FOLDER`, `--init FOLDER`. It cannot be resumed.
+--half writes the weights in float16: half the size, and images that differ a little from those of the run.
 Prints the size and the SHA-256 of the file.
 """
 
@@ -42,8 +42,13 @@ def script_of(folder):
     return importlib.import_module(name)
 
 
+def to_half(weights):
+    """A state_dict with its real numbers in float16. A network's load_state_dict turns them into its own type again."""
+    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+
+
 def strip(run, folder, half=False):
-    """Write folder/checkpoint.pt, the small checkpoint of the run, maybe with weights in float16 -> its bytes.
+    """Write folder/checkpoint.pt, the small checkpoint of the run, in float16 with `half` -> its bytes.
 
     Exits with one line where `run` holds no run, or where it would overwrite what is not a small checkpoint.
     """
@@ -56,8 +61,7 @@ def strip(run, folder, half=False):
     state["config"] = saved["config"] | {name: getattr(script.Config, name) for name in DEFAULT}
     state["log_size"] = 0  # its log stays with the run
     kept = [name for name in saved if name.startswith("ema_")] + ALSO.get(script.__name__, [])
-    for name in kept:
-        state[name] = {key: x.half() if half and x.is_floating_point() else x for key, x in saved[name].items()}
+    state |= {name: to_half(saved[name]) if half else saved[name] for name in kept}
     torch.save(state, buffer := io.BytesIO())
     script.write(path, lambda f: f.write(buffer.getbuffer()), f"what sampling needs of {run}: {', '.join(kept)}")
     script.load(folder)
@@ -68,7 +72,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a trained run")
     parser.add_argument("folder", help="folder of the checkpoint to write")
-    parser.add_argument("--half", action="store_true", help="weights in float16; they are float32 again when loaded")
+    parser.add_argument("--half", action="store_true", help="weights in float16")
     args = parser.parse_args(argv)
     data = strip(args.run, args.folder, args.half)
     print(f"{len(data) / 1e6:.2f} MB, SHA-256 {hashlib.sha256(data).hexdigest()}")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import shutil
 import sys
 from collections import namedtuple
 
@@ -152,10 +153,11 @@ def test_every_command_is_taken(page, program, argv, monkeypatch, tmp_path, caps
     with pytest.raises(Parsed) as left:
         module.main()
     monkeypatch.undo()
-    rest = left.value.args[0]  # gan_stability.py hands it on to gan.py
+    rest = left.value.args[0]  # gan_stability.py hands it on to gan.py, soak.py to the scripts that it is given
     if rest:
         assert "parse_known_args" in text_of(program), f"{page}: {program} has no {rest}"
-        importlib.import_module("gan").parse_args([*rest, "--overwrite", "--out", str(tmp_path)])
+        for name in [word for word in argv if f"{word}.py" in sync.SCRIPTS] or ["gan"]:
+            importlib.import_module(name).parse_args([*rest, "--overwrite", "--out", str(tmp_path)])
 
 
 def test_flags_that_do_not_exist_are_seen(monkeypatch, tmp_path, capsys):
@@ -212,8 +214,9 @@ def run_tool(program, argv):
 
 @pytest.fixture
 def workshop(tmp_path):
-    """A folder to run commands in, with a folder of photographs in two classes."""
+    """A folder to run commands in, with the trained networks and a folder of photographs in two classes."""
     folder = tmp_path / "workshop"
+    shutil.copytree(ROOT / "pretrained", folder / "pretrained")
     rng = np.random.default_rng(0)
     for i in range(24):
         path = folder / "FOLDER" / ("cats", "dogs")[i % 2] / f"{i}.png"

@@ -8,12 +8,12 @@ for one image. Consistency tuning teaches the network to give the end of its cha
 
 Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v
 (Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022), flow matching (Lipman 2023),
-consistency models (Song 2023), pseudo-Huber loss (Song & Dhariwal 2023), logit-normal t (Esser 2024).
+consistency models (Song 2023; Song & Dhariwal 2023), and logit-normal t (Esser 2024).
   q(x_t | x), all schedules ........... SCHEDULES, q_sample   DDPM eq. 4, flow matching eq. 20
   what the network predicts ........... TARGETS, denoise      Salimans sec. 4 and app. D
   training loss ....................... METHODS, loss         DDPM eq. 14
   DDPM, DDIM, DPM-Solver++(2M), Heun .. sample                DDPM eq. 7, DDIM eq. 12, DPM alg. 2
-  consistency tuning .................. consistency_loss      Song 2023 sec. 3, Song & Dhariwal eq. 7
+  consistency tuning .................. consistency_loss      Song & Dhariwal 2023 eq. 7
   evidence lower bound, three terms ... elbo                  VDM eqs. 11 and 17
 
   python diffusion.py                                         # digits, needs no network

@@ -31,8 +31,12 @@ def killed_in_step_5(name, argv, victim, rank):
     tiny.run_script(name, argv, arrange)
 
 
-@pytest.mark.parametrize("name, world, victim",
-                         [*((name, 2, 1) for name in SCRIPTS), ("gan", 2, 0), ("vqgan", 4, 2), ("gan", 4, 0)])
+CASES = [("gan", 2, 0), ("vqgan", 4, 2)]  # in the ordinary run; the block that meets the fault is the same in all six
+if os.environ.get("M2_ALL_VARIANTS"):
+    CASES += [*((name, 2, 1) for name in SCRIPTS), ("gan", 4, 0)]
+
+
+@pytest.mark.parametrize("name, world, victim", CASES)
 def test_one_killed_ends_the_others(name, world, victim, tmp_path):
     out = tmp_path / "run"
     argv = flags(name, out, "--steps", 6)

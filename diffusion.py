@@ -26,7 +26,7 @@ and a Frechet distance of 0.137 (10,000 samples, tools/evaluate.py), where real 
 import copy
 import math
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -457,10 +457,10 @@ def train(data, cfg, run):
     net = torch.compile(model) if cfg.compile else model
     if cfg.consistency:
         teacher, taught = load(cfg.init, run.device)
-        if (taught.schedule, taught.predict, teacher.classes) != (cfg.schedule, cfg.predict, run.classes):
-            fail("--consistency: the run of --init has another --schedule, --predict or number of classes")
-        chain = Config(**vars(cfg) | {"sampler": "dpm++", "nfe": 20})
-        tuning = tuning_batches(teacher, chain, run)
+        theirs, ours = ([p.shape for p in network.parameters()] for network in (teacher, model))
+        if (taught.schedule, taught.predict, theirs) != (cfg.schedule, cfg.predict, ours):
+            fail("--consistency: the run of --init has another --schedule, --predict or network")
+        tuning = tuning_batches(teacher, replace(cfg, sampler="dpm++", nfe=20), run)
     model.train()
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)[0]):
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
@@ -677,8 +677,10 @@ def load_folder(root, side):
             modes.add(Image.getmodebase(image.mode))
             if image.mode[0] in "IF" and np.isfinite(top := np.asarray(image).max()):
                 tops.append(top)
-            turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
-            return (side, side) if side else image.size[::-1] if turned else image.size
+            if side:
+                return side, side
+            turned = image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+            return image.size[::-1] if turned else image.size
 
     def read(i):
         try:
@@ -1245,7 +1247,7 @@ def load(folder, device="cpu"):
 def main(argv=None):
     cfg, saved = parse_args(argv)
     run = Run(choose(cfg), saved)
-    if cfg.consistency and not cfg.init:
+    if cfg.mode == "train" and cfg.consistency and not cfg.init:
         fail("--consistency tunes a trained network; --init FOLDER names its run")
     if cfg.mode != "sample" or cfg.inpaint:
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)

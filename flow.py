@@ -18,7 +18,6 @@ Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 20
 
   python flow.py                                                # digits, needs no download
   python flow.py --dataset mnist --minutes 10                   # MNIST on two CPU cores
-  python flow.py --dataset mnist --arch glow --out runs/flow-glow
 The second gives 1.09 bits/dim on two Zen 3 cores (docs/flow.md); Glow has 1.05 published.
 """
 
@@ -663,10 +662,10 @@ def train(data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
     model = build(run.shape, run.classes, cfg).to(run.device)
     if cfg.learn_inverse and not run.saved:  # the flow gets no gradient, so it stays as it was
-        taught, _ = read_run(cfg.init)
-        for name in "coupling width dequantize blocks layers n_head patch labels noise".split():
-            if getattr(taught, name) != getattr(cfg, name):
-                fail(f"--learn-inverse: {name} is {getattr(taught, name)} in the run in {cfg.init}, and must be here")
+        taught, other = read_run(cfg.init)
+        for name in "shape classes coupling width dequantize blocks layers n_head patch labels noise".split():
+            if (vars(taught) | other["facts"])[name] != (vars(cfg) | run.facts)[name]:
+                fail(f"--learn-inverse: the run in {cfg.init} has another {name}")
     if not run.saved:
         v, _ = dequantize(model, data.train[:256].to(run.device))
         initialise(model, v, data.train_labels[:256].to(run.device))
@@ -839,8 +838,10 @@ def load_folder(root, side):
             modes.add(Image.getmodebase(image.mode))
             if image.mode[0] in "IF" and np.isfinite(top := np.asarray(image).max()):
                 tops.append(top)
-            turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
-            return (side, side) if side else image.size[::-1] if turned else image.size
+            if side:
+                return side, side
+            turned = image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+            return image.size[::-1] if turned else image.size
 
     def read(i):
         try:
@@ -1375,8 +1376,8 @@ class Run:
 def choose(cfg, H, W):
     """Write what the size of the images decides into the fields that are 0. ValueError where fields do not fit."""
     glow = cfg.arch == "glow"
-    if cfg.learn_inverse and (glow or not cfg.init):
-        raise ValueError("--learn-inverse: needs --arch tarflow and a trained flow; --init FOLDER names its run")
+    if cfg.learn_inverse and glow:
+        raise ValueError("--learn-inverse: is for --arch tarflow")
     cfg.width = cfg.width or (64 if glow else 128)
     largest = 2 if min(H, W) < 16 else 4
     cfg.patch = cfg.patch or max(p for p in range(1, largest + 1) if H % p == 0 and W % p == 0)
@@ -1415,8 +1416,8 @@ def load(folder, device="cpu"):
 
 def main(argv=None):
     cfg, saved = parse_args(argv)
-    if cfg.inverse == "learned" and not cfg.learn_inverse:
-        fail("--inverse learned: this run has none; --learn-inverse --init FOLDER trains one")
+    if cfg.inverse == "learned" and not cfg.learn_inverse or cfg.mode == "train" and cfg.learn_inverse and not cfg.init:
+        fail("--inverse learned needs a run that --learn-inverse --init FOLDER trains, where FOLDER has a trained flow")
     run = Run(cfg, saved)
     if cfg.mode != "sample":
         data = run.describe(load_data(cfg.dataset, cfg.data_dir, cfg.image_size), cfg.labels)

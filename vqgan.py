@@ -828,8 +828,10 @@ def load_folder(root, side):
             modes.add(Image.getmodebase(image.mode))
             if image.mode[0] in "IF" and np.isfinite(top := np.asarray(image).max()):
                 tops.append(top)
-            turned = not side and image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
-            return (side, side) if side else image.size[::-1] if turned else image.size
+            if side:
+                return side, side
+            turned = image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
+            return image.size[::-1] if turned else image.size
 
     def read(i):
         try:

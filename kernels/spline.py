@@ -140,12 +140,12 @@ class _Bin(NamedTuple):
     index: torch.Tensor  # [G, P]
 
 
-def _look_up(u, p, raw, reverse):
+def _look_up(u, p, raw):
     """The bins of places u, shares p (G, 2, K, P), raw derivatives of all knots (G, K + 1, P). In few calls, for few places."""
     K = p.shape[2]
     before = F.pad(p.cumsum(2)[:, :, :-1], (0, 0, 1, 0))  # [G, 2, K, P]
     k = torch.arange(1, K, device=u.device, dtype=u.dtype)[:, None]
-    starts = MIN * k + (1 - MIN * K) * before[:, int(reverse), 1:]
+    starts = MIN * k + (1 - MIN * K) * before[:, 0, 1:]  # of widths: the inverse of few numbers is _invert_few
     index = (u[:, None] >= starts).sum(1, keepdim=True)  # [G, 1, P]
     both = index[:, None].expand(-1, 2, -1, -1)
     raw = raw.gather(1, torch.cat([index, index + 1], 1))
@@ -197,8 +197,8 @@ class _Spline(torch.autograd.Function):
         p /= p.sum(2, keepdim=True)  # [G, 2, K, P]
         raw = F.pad(params[:, 2 * K:], (0, 0, 1, 1), value=END)  # [G, K + 1, P]
         reached = []
-        if x.numel() <= FEW and not any(ctx.needs_input_grad):
-            bin = _look_up(u, p, raw, reverse)
+        if x.numel() <= FEW and not reverse and not any(ctx.needs_input_grad):
+            bin = _look_up(u, p, raw)
         else:
             bin, reached = _walk(u, p, raw, reverse)
         sizes = MIN + (1 - MIN * K) * bin.p

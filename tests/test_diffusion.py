@@ -821,9 +821,9 @@ def test_tuning_starts_from_the_averaged_weights_and_resumes(digits, tmp_path, m
     assert (cfg.sampler, cfg.nfe) == ("consistency", 2) and diffusion.load(base)[1].sampler == "dpm++"
 
 
-@pytest.mark.parametrize("flags", ["--method cosine", "--predict x", "--no-labels"])
+@pytest.mark.parametrize("flags", ["--method cosine", "--predict x", "--no-labels", "--width 16"])
 def test_tuning_wants_the_chain_of_its_teacher(flags, digits, tmp_path, capsys, monkeypatch):
-    """A teacher of another schedule, target or set of classes would be misread, without an error."""
+    """A teacher of another schedule, target, set of classes or network would be misread, or not be the start."""
     base = str(tmp_path / "base")
     diffusion.main([*TINY, "--out", base, *flags.split()])
     tune = [*TINY, "--consistency", "--init", base, "--out", str(tmp_path / "run")]

@@ -376,6 +376,17 @@ def test_no_learned_inverse_is_one_line(digits, tmp_path, capsys):
         assert stop.value.code == 2 and "--learn-inverse" in tiny.error_line(capsys.readouterr().err)
 
 
+def test_the_learned_inverse_wants_images_of_the_size_of_init(digits, tmp_path, capsys, monkeypatch):
+    """Else positions would not fit, and the flow that is inverted would have some that nobody trained."""
+    flow.main([*TINY, "--out", str(tmp_path / "base")])
+    loaded = flow.load_data("digits", None)
+    data = loaded._replace(train=loaded.train[..., :4], test=loaded.test[..., :4])
+    monkeypatch.setattr(flow, "load_data", lambda *args: data)
+    with pytest.raises(SystemExit) as stop:
+        flow.main([*TINY, "--learn-inverse", "--init", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "another shape" in tiny.error_line(capsys.readouterr().err)
+
+
 # ---- samples with and without noise
 
 

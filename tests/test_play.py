@@ -74,6 +74,17 @@ def test_half_is_nearly_the_same(runs, name, tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(full, rounded, strict=True))
 
 
+@pytest.mark.parametrize("name, flag", [("diffusion", "--consistency"), ("flow", "--learn-inverse")])
+def test_a_run_that_began_with_another_needs_it_no_more(runs, name, flag, tmp_path):
+    """The folder of --init does not travel; without it what was tuned samples all the same."""
+    module = importlib.import_module(name)
+    tiny_run(name, tmp_path / "tuned", flag, "--init", runs[name])
+    strip.strip(tmp_path / "tuned", tmp_path / "small")
+    assert load_checkpoint(tmp_path / "small")["config"]["init"] is None
+    whole, again = sampled(module, tmp_path / "tuned"), sampled(module, tmp_path / "small")
+    np.testing.assert_array_equal(whole["images"], again["images"])
+
+
 def test_settings_of_the_machine_do_not_travel(tmp_path):
     import gan
 

@@ -72,8 +72,9 @@ class Config:
     decoder_logsnr: float = 6.0  # log SNR at which elbo ends the chain of latents and begins the decoder (0 to 14)
     elbo_samples: int = 8  # values of t that elbo draws for each image (1 to 10000)
     sampler: Literal["auto", "ddim", "ddpm", "dpm++", "heun", "consistency"] = "auto"  # auto: dpm++, tuned consistency
-    nfe: int = 0  # network evaluations a sample, 0: 20, tuned 2; guidance takes two at a time (0 to 10000)
+    nfe: int = 0  # network evaluations a sample at most, 0: 20, tuned 2; a guided one counts as two (0 to 10000)
     guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
+    guidance_interval: tuple[float, float] = (-5.0, 2.0)  # guide at log SNR from LOW to HIGH only (-14 to 14)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     inpaint: str | None = None  # complete test images; given is their left, right, top or bottom, or the white of a mask image
     # core, the same in all six scripts
@@ -197,7 +198,7 @@ def loss(model, x, y, cfg, t=None, eps=None):
 
 
 def denoise(model, x_t, t, y, cfg, guidance=1.0):
-    """x_hat and eps_hat, from any prediction: the solution of {alpha x + sigma eps = x_t, a x + b eps = out}."""
+    """x_hat, from any prediction: the solution of {alpha x + sigma eps = x_t, a x + b eps = out}."""
     t_in = t.to(x_t)
     if y is None or guidance == 1:
         out = model(x_t, t_in, y)
@@ -210,10 +211,7 @@ def denoise(model, x_t, t, y, cfg, guidance=1.0):
     out = out.to(x_t)
     level = level_at(t, cfg, x_t)
     a, b = TARGETS[cfg.predict](level)
-    determinant = level.alpha * b - level.sigma * a
-    x_hat = (b * x_t - level.sigma * out) / determinant
-    eps_hat = (level.alpha * out - a * x_t) / determinant
-    return x_hat, eps_hat
+    return (b * x_t - level.sigma * out) / (level.alpha * b - level.sigma * a)
 
 
 def move(x_t, d, here, there, tau=0.0):
@@ -224,9 +222,17 @@ def move(x_t, d, here, there, tau=0.0):
 
 def consistency_loss(model, x_t, t, end, y, cfg):
     """How far x_hat is from the end of the chain that x_t is on. x_t, end (B,C,H,W), t (B,) -> pseudo-Huber distances (B,)."""
-    x_hat, _ = denoise(model, x_t, t, y, cfg)
+    x_hat = denoise(model, x_t, t, y, cfg)
     square = ((x_hat - end) ** 2).mean((1, 2, 3))
     return (square + HUBER**2).sqrt() - HUBER  # Song & Dhariwal 2023 eq. 7
+
+
+def guidance_at(t, y, cfg):
+    """The guidance at times t (N,): only in --guidance-interval does it help (Kynkaanniemi 2024). Less than 1 is for all t."""
+    if y is None or cfg.sampler == "consistency":  # a tuned network is guided already
+        return torch.ones_like(t)
+    noisy, clean = time_of(cfg.guidance_interval, cfg)
+    return torch.where((t <= noisy) & (t >= clean) | (cfg.guidance < 1), cfg.guidance, 1.0)
 
 
 @torch.no_grad()
@@ -242,17 +248,18 @@ def sample(model, x, y, cfg, generator=None, before_step=None):
     The last step goes to t = 0. There sigma = 0, so the chain ends in x_hat itself, and no sampler corrects it.
     before_step(x_t, t) sees the latent before each step, and may return another one (inpainting).
     """
-    guidance = 1.0 if cfg.sampler == "consistency" else cfg.guidance  # a tuned network is guided already
-    per_time = 1 if y is None or guidance in (0, 1) else 2  # guidance asks the network twice
-    n = max(cfg.nfe // per_time, 1)
-    if cfg.sampler == "heun":
-        n = (n + 1) // 2  # two evaluations a step, one in the last
-    times = torch.linspace(time_of(MIN_LOGSNR, cfg).item(), 0, n + 1, dtype=torch.float64)
+    for n in range(max(cfg.nfe, 1), 0, -1):  # the most steps that take no more than --nfe evaluations
+        times = torch.linspace(time_of(MIN_LOGSNR, cfg).item(), 0, n + 1, dtype=torch.float64)
+        guidance = guidance_at(times, y, cfg)
+        calls = 1 + ((guidance != 0) & (guidance != 1)).int()[:-1]  # with and without the label
+        if calls.sum() + (cfg.sampler == "heun") * calls[1:].sum() <= cfg.nfe:
+            break
     levels = [Level(*map(float, SCHEDULES[cfg.schedule].level(t))) for t in times]  # of plain numbers
     x = levels[0].sigma * x
 
-    def x_hat(x_t, t):
-        return denoise(model, x_t, t.expand(len(x_t)), y, cfg, guidance)[0].clamp(-1, 1)  # no pixel lies outside
+    def x_hat(x_t, i):
+        t = times[i].expand(len(x_t))
+        return denoise(model, x_t, t, y, cfg, guidance[i].item()).clamp(-1, 1)  # no pixel lies outside
 
     last_d = last_h = None  # of the step before
     for i in range(n):
@@ -260,7 +267,7 @@ def sample(model, x, y, cfg, generator=None, before_step=None):
         here, there = levels[i : i + 2]
         changed = before_step(x, t) if before_step else None
         x = x if changed is None else changed
-        d = x_hat(x, t)
+        d = x_hat(x, i)
         tau = 0.0
         if cfg.sampler == "ddpm":
             ratio = here.alpha * there.sigma / (there.alpha * here.sigma)
@@ -275,7 +282,7 @@ def sample(model, x, y, cfg, generator=None, before_step=None):
             last_d = first_order
             last_h = h
         elif cfg.sampler == "heun" and t_next > 0:
-            d = (d + x_hat(move(x, d, here, there), t_next)) / 2
+            d = (d + x_hat(move(x, d, here, there), i + 1)) / 2
         x = move(x, d, here, there, tau)
         if tau > 0:
             x = x + tau * torch.randn(x.shape, generator=generator).to(x)
@@ -314,11 +321,12 @@ def elbo(model, x, y, cfg, histogram, generator=None):
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
     place = (offset + torch.arange(len(x)) / len(x)) % 1  # (B,)
     diffusion = 0
-    for k in range(K):  # all levels' KLs together are 1/2 int E|eps - eps_hat|^2 d lambda, VDM eq. 17
-        t = time_of(MIN_LOGSNR + span * (k + place) / K, cfg)
+    for k in range(K):  # all levels' KLs together are 1/2 int SNR E|x - x_hat|^2 d lambda, VDM eq. 18 with SNR = exp(lambda)
+        logsnr = MIN_LOGSNR + span * (k + place) / K
+        t = time_of(logsnr, cfg)
         eps = torch.randn(data.shape, generator=generator).to(data)
-        _, eps_hat = denoise(model, q_sample(data, t, eps, cfg), t, y, cfg, guidance=1.0)
-        diffusion = diffusion + 0.5 * span / K * ((eps - eps_hat) ** 2).sum((1, 2, 3))
+        x_hat = denoise(model, q_sample(data, t, eps, cfg), t, y, cfg).clamp(-1, 1)  # no pixel lies outside
+        diffusion = diffusion + 0.5 * span / K * logsnr.exp().to(data) * ((data - x_hat) ** 2).sum((1, 2, 3))
     x_seen = data + math.exp(-cfg.decoder_logsnr / 2) * torch.randn(data.shape, generator=generator).to(data)
     reconstruction = -decoder_log_prob(x, x_seen, cfg.decoder_logsnr, histogram).sum((1, 2, 3))
     terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
@@ -808,12 +816,13 @@ def parse_args(argv=None):
             options = {"action": argparse.BooleanOptionalAction}
         else:
             options = {"type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__}
-            options["nargs"] = "+" if get_origin(field.type) is tuple else None
+            if get_origin(field.type) is tuple:
+                options["nargs"] = "+" if ... in get_args(field.type) else len(get_args(field.type))
         text = f"{comment} [{field.default}]".replace("%", "%%")
         section.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     for name, value in given.items():
-        if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
+        if bound := re.search(r"\((>=?)? ?(-?[\d.]+)(?: to ([\d.]+))?\)", comments[name]):
             sign, low, high = bound.groups()
             for v in value if isinstance(value, tuple) else [value]:
                 most = float(high or (2**31 - 1 if isinstance(v, int) else np.finfo(np.float32).max))

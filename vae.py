@@ -806,12 +806,13 @@ def parse_args(argv=None):
             options = {"action": argparse.BooleanOptionalAction}
         else:
             options = {"type": os.path.expanduser if kind is str else kind, "metavar": kind.__name__}
-            options["nargs"] = "+" if get_origin(field.type) is tuple else None
+            if get_origin(field.type) is tuple:
+                options["nargs"] = "+" if ... in get_args(field.type) else len(get_args(field.type))
         text = f"{comment} [{field.default}]".replace("%", "%%")
         section.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     for name, value in given.items():
-        if bound := re.search(r"\((>=?)? ?([\d.]+)(?: to ([\d.]+))?\)", comments[name]):
+        if bound := re.search(r"\((>=?)? ?(-?[\d.]+)(?: to ([\d.]+))?\)", comments[name]):
             sign, low, high = bound.groups()
             for v in value if isinstance(value, tuple) else [value]:
                 most = float(high or (2**31 - 1 if isinstance(v, int) else np.finfo(np.float32).max))

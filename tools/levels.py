@@ -1,11 +1,12 @@
-"""The bound of a trained diffusion.py with 1, 2, 4, ... levels in place of infinitely many: a table and a picture.
+"""The bound of a trained diffusion.py with 1, 2, 4, ... levels, as a table and a picture.
 
   python tools/levels.py pretrained/diffusion-mnist --out docs/levels.png
 
-A hierarchical VAE with T levels has the bound prior + KL of each level + reconstruction. Where the encoder adds noise, the
-KL of a level from t (noisy) to s (clean) is 1/2 (SNR(s) - SNR(t)) E|x - x_hat(x_t)|^2 (VDM eqs. 13 and 14). The levels are
-equally spaced in log SNR, from MIN_LOGSNR to --decoder-logsnr. The other two terms, and the limit of infinitely many
-levels, are those of diffusion.elbo. No network is trained anew: the same one is asked at other levels.
+A hierarchical VAE with T levels has the bound prior + KL of each level + reconstruction. Where the
+encoder adds noise, the KL of a level from t (noisy) to s (clean) is (VDM eqs. 13 and 14)
+1/2 (SNR(s) - SNR(t)) E|x - x_hat(x_t)|^2. The levels are equally spaced in log SNR, from MIN_LOGSNR
+to --decoder-logsnr. The other two terms, and the limit of infinitely many levels, are those of
+diffusion.elbo. No network is trained anew: the same one is asked at other levels.
 """
 
 import argparse
@@ -29,10 +30,10 @@ def log_snrs(T, cfg):
 
 @torch.no_grad()
 def level_kls(model, x, y, cfg, T, generator):
-    """For images x (B,C,H,W) in {0..255}, --elbo-samples levels each, and their KLs in nats: both (K,B).
+    """For images x (B,C,H,W) in {0..255}, K = --elbo-samples levels each, and their KLs: both (K,B).
 
-    T mean(kls) over K is an estimate of the sum over all levels. The draws are those of diffusion.elbo from the same
-    generator; each log SNR is moved to the noisy end of its level.
+    T times the mean over K is an estimate of the sum over all levels, in nats. The draws are those
+    of diffusion.elbo from the same generator; each log SNR is moved to the noisy end of its level.
     """
     data = x / 127.5 - 1  # in [-1,1]
     K = cfg.elbo_samples
@@ -54,9 +55,9 @@ def level_kls(model, x, y, cfg, T, generator):
 
 
 def bounds(model, images, labels, cfg, histogram, counts):
-    """The terms of the bound with T levels, for each T of counts and infinity: T -> name -> bits/dim (N,).
+    """Of images (N,C,H,W) uint8, for each T of counts and infinity: T -> name -> bits/dim (N,).
 
-    images (N,C,H,W) uint8. Beside it, for each T of counts, the bits/dim of each level: T -> (T,).
+    The names are those of diffusion.elbo. Beside it the bits/dim of each level: T -> (T,).
     """
     per_nat = 1 / (images[0].numel() * math.log(2))
     size = diffusion.at_once(images.shape[1:])
@@ -105,7 +106,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder of a run of diffusion.py")
     parser.add_argument("--images", type=int, default=500, help="how many test images, from the first on")
-    parser.add_argument("--levels", type=int, default=1024, help="the largest number of levels")
+    parser.add_argument("--levels", type=int, default=1024, help="the most levels; the powers of two up to it are computed")
     parser.add_argument("--data-dir", help="folder where the data set is looked for; by default the run's")
     parser.add_argument("--out", type=Path, help="file of the picture; by default levels.png in the run's folder")
     args = parser.parse_args(argv)

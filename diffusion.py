@@ -74,7 +74,7 @@ class Config:
     sampler: Literal["auto", "ddim", "ddpm", "dpm++", "heun", "consistency"] = "auto"  # auto: dpm++, tuned consistency
     nfe: int = 0  # network evaluations a sample at most, 0: 20, tuned 2; a guided one counts as two (0 to 10000)
     guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
-    guidance_interval: tuple[float, float] = (-5.0, 2.0)  # guide at log SNR from LOW to HIGH only (-14 to 14)
+    guidance_interval: tuple[float, float] = (-3.0, 1.0)  # guide at log SNR from LOW to HIGH only (-14 to 14)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     inpaint: str | None = None  # complete test images; given is their left, right, top or bottom, or the white of a mask image
     # core, the same in all six scripts

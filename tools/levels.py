@@ -48,7 +48,7 @@ def level_kls(model, x, y, cfg, T, generator):
         clean = ends[level + 1]
         t = diffusion.time_of(noisy, cfg)
         eps = torch.randn(data.shape, generator=generator).to(data)
-        x_hat, _ = diffusion.denoise(model, diffusion.q_sample(data, t, eps, cfg), t, y, cfg)
+        x_hat = diffusion.denoise(model, diffusion.q_sample(data, t, eps, cfg), t, y, cfg).clamp(-1, 1)
         levels.append(level)
         kls.append(0.5 * (clean.exp() - noisy.exp()) * ((data - x_hat) ** 2).sum((1, 2, 3)))  # VDM eq. 13
     return torch.stack(levels), torch.stack(kls)

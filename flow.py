@@ -1079,6 +1079,13 @@ def save_grid(images, path, columns=10, what=None):
     write(path, lambda f: image.save(f, "png"), what)
 
 
+def save_images(images, path, labels=None, how=""):
+    """Images (N,C,H,W) uint8 as an .npz of images (N,H,W,C), and of labels (N,) where they have some."""
+    arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({} if labels is None else {"labels": labels.numpy()})
+    what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (labels is not None)}{how}"
+    write(path, lambda f: np.savez_compressed(f, **arrays), what)
+
+
 def to_uint8(x):
     """[-1,1] -> {0..255} on the CPU"""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
@@ -1278,9 +1285,9 @@ class Run:
                     dist.all_reduce(state, dist.ReduceOp.MAX)
                 self.seconds = state[0].item()
                 number = int(state[1])
-                done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
-                self.bar.update(100 * min(done, 1) - self.bar.n)
-                self.over = number > 0 or done >= 1
+                self.done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
+                self.bar.update(100 * min(self.done, 1) - self.bar.n)
+                self.over = number > 0 or self.done >= 1
                 if self.over or self.step >= until:
                     break
                 torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]))
@@ -1363,10 +1370,8 @@ class Run:
             fail(f"test figures that are not finite: {', '.join(bad)}", 1)
 
     def write_samples(self, images, labels=None, how=""):
-        """samples.npz: images uint8 (N,H,W,C) and labels (N,); samples.png: a grid of the first 80."""
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if self.classes else {})
-        what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (self.classes > 0)}{how}"
-        write(self.folder / "samples.npz", lambda f: np.savez_compressed(f, **arrays), what)
+        """samples.npz, with labels (N,) where there are classes, and samples.png: a grid of the first 80."""
+        save_images(images, self.folder / "samples.npz", labels if self.classes else None, how)
         save_grid(images[:80], self.folder / "samples.png", what=f"the first {min(len(images), 80)} of them")
 
 

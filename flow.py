@@ -984,8 +984,8 @@ def parse_args(argv=None):
     cfg.out = cfg.out or f"runs/{Path(__file__).stem}-{Path(cfg.dataset).resolve().name}"
     saved = {}
     path = Path(cfg.out, "checkpoint.pt")
+    lock(path.parent)
     if cfg.mode != "train" or cfg.resume and path.exists():
-        lock(path.parent)
         old, saved = read_run(cfg.out)
         for name, value in given.items():
             if value != getattr(old, name) and "free to change" not in groups[name]:
@@ -1190,13 +1190,14 @@ class Run:
                 fail("--kernels triton: the folder kernels/ is not beside this script")
         self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         if self.world > 1 and not dist.is_initialized():
+            # loaded later, as an optimizer does, it would hold the group, whose threads would then outlive the program
+            import torch.distributed.nn as _  # noqa: F401
             if kind == "cuda":
                 torch.cuda.set_device(local)
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
         self.autocast = partial(torch.autocast, kind, dtype, enabled=cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
-        lock(self.out)
         torch.manual_seed(cfg.seed)  # of the weights that the networks start from
 
     def describe(self, data, labels=True):
@@ -1283,8 +1284,7 @@ class Run:
                 if self.world > 1:  # all processes stop at the same step
                     state = state.to(self.device)
                     dist.all_reduce(state, dist.ReduceOp.MAX)
-                self.seconds = state[0].item()
-                number = int(state[1])
+                self.seconds, number = state.tolist()
                 self.done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
                 self.bar.update(100 * min(self.done, 1) - self.bar.n)
                 self.over = number > 0 or self.done >= 1
@@ -1304,7 +1304,7 @@ class Run:
         if self.step % self.cfg.save_every:
             self.save(parts)
         Run.stepping = False
-        if number := number or Run.signal:
+        if number := int(number) or Run.signal:
             fail(f"stopped by {signal.Signals(number).name}; --resume continues {self.out}", 128 + number)
 
     def batch(self, data):

@@ -950,8 +950,8 @@ def parse_args(argv=None):
     cfg.out = cfg.out or f"runs/{Path(__file__).stem}-{Path(cfg.dataset).resolve().name}"
     saved = {}
     path = Path(cfg.out, "checkpoint.pt")
+    lock(path.parent)
     if cfg.mode != "train" or cfg.resume and path.exists():
-        lock(path.parent)
         old, saved = read_run(cfg.out)
         for name, value in given.items():
             if value != getattr(old, name) and "free to change" not in groups[name]:
@@ -1043,6 +1043,13 @@ def save_grid(images, path, columns=10, what=None):
     grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)  # (rows*(H+2), columns*(W+2)[, C])
     image = ImageOps.scale(Image.fromarray(grid.numpy()), max(1, 56 // max(images.shape[2:])), Image.NEAREST)
     write(path, lambda f: image.save(f, "png"), what)
+
+
+def save_images(images, path, labels=None, how=""):
+    """Images (N,C,H,W) uint8 as an .npz of images (N,H,W,C), and of labels (N,) where they have some."""
+    arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({} if labels is None else {"labels": labels.numpy()})
+    what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (labels is not None)}{how}"
+    write(path, lambda f: np.savez_compressed(f, **arrays), what)
 
 
 def to_uint8(x):
@@ -1149,13 +1156,14 @@ class Run:
                 fail("--kernels triton: the folder kernels/ is not beside this script")
         self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         if self.world > 1 and not dist.is_initialized():
+            # loaded later, as an optimizer does, it would hold the group, whose threads would then outlive the program
+            import torch.distributed.nn as _  # noqa: F401
             if kind == "cuda":
                 torch.cuda.set_device(local)
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
         self.autocast = partial(torch.autocast, kind, dtype, enabled=cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
-        lock(self.out)
         torch.manual_seed(cfg.seed)  # of the weights that the networks start from
 
     def describe(self, data, labels=True):
@@ -1242,11 +1250,10 @@ class Run:
                 if self.world > 1:  # all processes stop at the same step
                     state = state.to(self.device)
                     dist.all_reduce(state, dist.ReduceOp.MAX)
-                self.seconds = state[0].item()
-                number = int(state[1])
-                done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
-                self.bar.update(100 * min(done, 1) - self.bar.n)
-                self.over = number > 0 or done >= 1
+                self.seconds, number = state.tolist()
+                self.done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
+                self.bar.update(100 * min(self.done, 1) - self.bar.n)
+                self.over = number > 0 or self.done >= 1
                 if self.over or self.step >= until:
                     break
                 torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]))
@@ -1263,7 +1270,7 @@ class Run:
         if self.step % self.cfg.save_every:
             self.save(parts)
         Run.stepping = False
-        if number := number or Run.signal:
+        if number := int(number) or Run.signal:
             fail(f"stopped by {signal.Signals(number).name}; --resume continues {self.out}", 128 + number)
 
     def batch(self, data):
@@ -1329,10 +1336,8 @@ class Run:
             fail(f"test figures that are not finite: {', '.join(bad)}", 1)
 
     def write_samples(self, images, labels=None, how=""):
-        """samples.npz: images uint8 (N,H,W,C) and labels (N,); samples.png: a grid of the first 80."""
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if self.classes else {})
-        what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (self.classes > 0)}{how}"
-        write(self.folder / "samples.npz", lambda f: np.savez_compressed(f, **arrays), what)
+        """samples.npz, with labels (N,) where there are classes, and samples.png: a grid of the first 80."""
+        save_images(images, self.folder / "samples.npz", labels if self.classes else None, how)
         save_grid(images[:80], self.folder / "samples.png", what=f"the first {min(len(images), 80)} of them")
 
 

@@ -236,8 +236,11 @@ def feature_distance(a, b):
 
     VQGAN takes LPIPS itself, with the features of a pretrained network. Here they are those of D, so none is needed.
     """
-    pairs = zip(a, b, strict=True)
-    return sum((F.normalize(p, dim=1) - F.normalize(q, dim=1)).square().sum(1).mean() for p, q in pairs) / len(a)
+    total = 0
+    for p, q in zip(a, b, strict=True):
+        difference = F.normalize(p, dim=1) - F.normalize(q, dim=1)
+        total = total + difference.square().sum(1).mean()
+    return total / len(a)
 
 
 def gradient_norm(loss, weight):
@@ -261,8 +264,7 @@ def loss_autoencoder(model, D, x, step, cfg):
         return reconstruction + loss_q, terms, x_hat  # VQGAN eq. 4
     score, features_hat = D(x_hat)
     if cfg.perceptual_weight > 0:
-        with torch.no_grad():
-            _, features = D(x)
+        _, features = D(x)
         terms["perceptual"] = feature_distance(features_hat, features)
         reconstruction = reconstruction + cfg.perceptual_weight * terms["perceptual"]
     adversarial = -score.mean()
@@ -536,20 +538,19 @@ def over_ranks(x):
 
 def choose(cfg, H, W):
     """Fill in what depends on the size of the images or on the quantizer; refuse what does not fit together."""
-    if cfg.downsample == 0:
-        side = min(H, W)
-        cfg.downsample = 2 if side < 16 else 4 if side <= 64 else 8
+    side = min(H, W)
+    cfg.downsample = cfg.downsample or (2 if side < 16 else 4 if side <= 64 else 8)
     if cfg.quantizer == "fsq":
         cfg.n_codes = math.prod(cfg.fsq_levels)
         cfg.code_dim = len(cfg.fsq_levels)
     elif cfg.code_dim == 0:
         cfg.code_dim = 8 if cfg.quantizer == "simvq" else 16
     if cfg.downsample not in (2, 4, 8, 16):
-        raise ValueError(f"--downsample {cfg.downsample}: must be 2, 4, 8 or 16")
+        fail(f"--downsample {cfg.downsample}: must be 2, 4, 8 or 16")
     if cfg.n_codes > 65536:
-        raise ValueError(f"--fsq-levels {' '.join(map(str, cfg.fsq_levels))}: make more than 65536 codes")
+        fail(f"--fsq-levels {' '.join(map(str, cfg.fsq_levels))}: make more than 65536 codes")
     if cfg.prior_width % cfg.n_head:
-        raise ValueError(f"--n-head {cfg.n_head}: does not divide --prior-width {cfg.prior_width}")
+        fail(f"--n-head {cfg.n_head}: does not divide --prior-width {cfg.prior_width}")
     return cfg
 
 
@@ -561,13 +562,11 @@ def code_grid(H, W, cfg):
 def build(shape, classes, cfg):
     """Autoencoder, discriminator and transformer for images of shape (C,H,W). Their weights follow from --seed."""
     C, H, W = shape
-    try:
-        choose(cfg, H, W)
-    except ValueError as e:
-        fail(str(e))
+    choose(cfg, H, W)
     model = Autoencoder(C, cfg).to(memory_format=torch.channels_last)
     D = Discriminator(C)
-    return model, D, Prior(*code_grid(H, W, cfg), classes, cfg)
+    prior = Prior(*code_grid(H, W, cfg), classes, cfg)
+    return model, D, prior
 
 
 def frozen_copy(network):
@@ -634,7 +633,8 @@ def train(data, cfg, run):
     # stage 1
     for step in run.steps(parts, lambda: reconstruct(ema_model, data.test[:40], run).flatten(0, 1), until=cfg.stage1):
         lr = learning_rate(cfg.lr, step, cfg)
-        optimizer.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer_d.param_groups[0]["lr"] = lr
         x, _ = run.batch(data)
         x = x / 127.5 - 1
         D.requires_grad_(False)
@@ -655,7 +655,7 @@ def train(data, cfg, run):
     # stage 2, over the codes of the averaged autoencoder, since that will decode them
     encoded = data._replace(train=to_indices(ema_model, data.train, run))
     as_trained = replace(cfg, sample_size=(0, 0))  # larger samples wait for the end
-    quarter = 0.75 * run.bar.n + 0.25 * 100  # of stage 2, in percent of the run, which is what the bar shows
+    looked = False
     for step in run.steps(parts, lambda: generate(ema_model, ema_prior, 80, as_trained, run)[0]):
         lr = learning_rate(cfg.prior_lr, step - cfg.stage1, cfg)
         optimizer_p.param_groups[0]["lr"] = lr
@@ -665,8 +665,9 @@ def train(data, cfg, run):
         norm = run.update(loss, prior, optimizer_p, "--prior-lr")
         update_ema(ema_prior, prior, step - cfg.stage1, cfg.ema)
         run.log(loss=loss, bits_per_code=loss / math.log(2), grad_norm=norm, lr=lr)
-        if run.bar.n >= quarter and step >= cfg.stage1 + cfg.warmup:
-            quarter = math.inf  # look once
+        total = round(step / max(run.done, 1e-9))  # steps of both stages: --steps, or what --minutes give at the pace so far
+        if not looked and step >= cfg.stage1 + max(cfg.warmup, (total - cfg.stage1) / 4):
+            looked = True
             if loss > 0.98 * math.log(cfg.n_codes):
                 run.bar.write(f"warning: step {run.step}: {loss / math.log(2):.2f} bits a code, {math.log2(cfg.n_codes):.2f} "
                               "where all codes are as likely: the transformer has learned nothing", sys.stderr)
@@ -677,8 +678,7 @@ def evaluate(model, prior, data, cfg, run):
     """Errors of the reconstructions of the test images, which are written out; use of the codes; bits for each code."""
     pairs = reconstruct(model, data.test, run)
     x, x_hat = pairs.unbind(1)
-    arrays = {"images": x_hat.permute(0, 2, 3, 1).numpy(), "labels": data.test_labels.numpy()}
-    write(run.folder / "reconstructions.npz", lambda f: np.savez_compressed(f, **arrays), f"{run.tested} reconstructed")
+    save_images(x_hat, run.folder / "reconstructions.npz", data.test_labels)
     save_grid(pairs[:40].flatten(0, 1), run.folder / "reconstructions.png", what="test images and reconstructions")
     error = (x.float() - x_hat.float()) / 255
     mse = error.square().mean().item()
@@ -698,7 +698,8 @@ def generate(model, prior, n, cfg, run):
     """n images (n,C,H,W) uint8 and labels (n,), from the noise of --seed."""
     generator = torch.Generator().manual_seed(cfg.seed)
     labels = run.labels(n)
-    H, W = (given or trained for given, trained in zip(cfg.sample_size, run.shape[1:], strict=True))
+    H = cfg.sample_size[0] or run.shape[1]
+    W = cfg.sample_size[1] or run.shape[2]
     images = []
     for y in progress(labels.split(at_once((3, H, W))), "sampling"):
         noise = torch.rand(len(y), *code_grid(H, W, cfg), generator=generator)
@@ -975,8 +976,8 @@ def parse_args(argv=None):
     cfg.out = cfg.out or f"runs/{Path(__file__).stem}-{Path(cfg.dataset).resolve().name}"
     saved = {}
     path = Path(cfg.out, "checkpoint.pt")
+    lock(path.parent)
     if cfg.mode != "train" or cfg.resume and path.exists():
-        lock(path.parent)
         old, saved = read_run(cfg.out)
         for name, value in given.items():
             if value != getattr(old, name) and "free to change" not in groups[name]:
@@ -1068,6 +1069,13 @@ def save_grid(images, path, columns=10, what=None):
     grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)  # (rows*(H+2), columns*(W+2)[, C])
     image = ImageOps.scale(Image.fromarray(grid.numpy()), max(1, 56 // max(images.shape[2:])), Image.NEAREST)
     write(path, lambda f: image.save(f, "png"), what)
+
+
+def save_images(images, path, labels=None, how=""):
+    """Images (N,C,H,W) uint8 as an .npz of images (N,H,W,C), and of labels (N,) where they have some."""
+    arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({} if labels is None else {"labels": labels.numpy()})
+    what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (labels is not None)}{how}"
+    write(path, lambda f: np.savez_compressed(f, **arrays), what)
 
 
 def to_uint8(x):
@@ -1174,13 +1182,14 @@ class Run:
                 fail("--kernels triton: the folder kernels/ is not beside this script")
         self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         if self.world > 1 and not dist.is_initialized():
+            # loaded later, as an optimizer does, it would hold the group, whose threads would then outlive the program
+            import torch.distributed.nn as _  # noqa: F401
             if kind == "cuda":
                 torch.cuda.set_device(local)
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         dtype = torch.float16 if cfg.amp == "fp16" else torch.bfloat16
         self.autocast = partial(torch.autocast, kind, dtype, enabled=cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.amp == "fp16")
-        lock(self.out)
         torch.manual_seed(cfg.seed)  # of the weights that the networks start from
 
     def describe(self, data, labels=True):
@@ -1267,11 +1276,10 @@ class Run:
                 if self.world > 1:  # all processes stop at the same step
                     state = state.to(self.device)
                     dist.all_reduce(state, dist.ReduceOp.MAX)
-                self.seconds = state[0].item()
-                number = int(state[1])
-                done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
-                self.bar.update(100 * min(done, 1) - self.bar.n)
-                self.over = number > 0 or done >= 1
+                self.seconds, number = state.tolist()
+                self.done = max(self.step / (self.cfg.steps or math.inf), self.seconds / 60 / (self.cfg.minutes or math.inf))
+                self.bar.update(100 * min(self.done, 1) - self.bar.n)
+                self.over = number > 0 or self.done >= 1
                 if self.over or self.step >= until:
                     break
                 torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]))
@@ -1288,7 +1296,7 @@ class Run:
         if self.step % self.cfg.save_every:
             self.save(parts)
         Run.stepping = False
-        if number := number or Run.signal:
+        if number := int(number) or Run.signal:
             fail(f"stopped by {signal.Signals(number).name}; --resume continues {self.out}", 128 + number)
 
     def batch(self, data):
@@ -1354,10 +1362,8 @@ class Run:
             fail(f"test figures that are not finite: {', '.join(bad)}", 1)
 
     def write_samples(self, images, labels=None, how=""):
-        """samples.npz: images uint8 (N,H,W,C) and labels (N,); samples.png: a grid of the first 80."""
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()} | ({"labels": labels.numpy()} if self.classes else {})
-        what = f"{len(images)} images, uint8 of (N,H,W,C){' and their labels' * (self.classes > 0)}{how}"
-        write(self.folder / "samples.npz", lambda f: np.savez_compressed(f, **arrays), what)
+        """samples.npz, with labels (N,) where there are classes, and samples.png: a grid of the first 80."""
+        save_images(images, self.folder / "samples.npz", labels if self.classes else None, how)
         save_grid(images[:80], self.folder / "samples.png", what=f"the first {min(len(images), 80)} of them")
 
 

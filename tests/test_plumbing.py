@@ -1523,13 +1523,29 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):
     assert e.value.code == 2 and "--batch-size 16" in line and "3 processes" in line
 
 
+NAME_THREADS = """
+import atexit, os, pathlib
+
+def name_threads():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    pathlib.Path(__file__).with_name("rank" + os.environ["RANK"]).write_text("".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(name_threads)
+"""
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_torchrun_with_two_processes(name, tmp_path):
+def test_torchrun_with_two_processes(name, tmp_path, tmp_path_factory):
+    """No thread of the group is left when the interpreter closes down: one that still holds a tensor then is a SIGABRT."""
     out = tmp_path / "run"
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(NAME_THREADS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / f"{name}.py"]
     done = subprocess.run([*map(str, command), *flags(name, out, "--steps", 3)], capture_output=True, text=True,
-                          cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)})
     assert done.returncode == 0, done.stderr
+    assert not any("gloo" in (site / f"rank{rank}").read_text() for rank in (0, 1))
     assert [line["step"] for line in tiny.metrics(out)] == [1, 2, 3, 3]  # each once: one process writes
     assert tiny.metrics(out)[-1]["final"] is True
     assert tiny.load_checkpoint(out)["step"] == 3

@@ -417,12 +417,12 @@ def test_evaluation_and_samples_leave_the_codebook_alone(kind, digits, tmp_path,
     assert all(torch.equal(value, before["ema_model"][name]) for name, value in averaged.state_dict().items())
 
 
-@pytest.mark.parametrize("first, warmup, step", [(None, 0, 16), (None, 8, 19), (15, 0, 20)])
+@pytest.mark.parametrize("first, warmup, step", [(None, 0, 16), (None, 8, 19), (12, 0, 16), (15, 0, 16), (20, 0, 21)])
 @pytest.mark.parametrize("share, told", [(0.985, 1), (0.975, 0)])
 def test_a_prior_that_learns_nothing_is_told_after_a_quarter_of_stage_2(share, told, first, warmup, step, digits, tmp_path,
                                                                         capsys, monkeypatch):
-    """Once, where its bits a code are within 2 % of log2(--n-codes) = 3; not while the learning rate still rises. A quarter
-    is that of what the run, or its rest, has left."""
+    """Once, where its bits a code are within 2 % of log2(--n-codes) = 3; not while the learning rate still rises. A run that
+    is resumed has the quarter of one that was not; one resumed beyond it is told in its first step."""
     def known(prior, indices, y):
         return (0 * prior(indices, y).sum((1, 2)) + share * math.log(8)) * indices[0].numel()
 

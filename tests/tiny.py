@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tarfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 getsource = functools.cache(inspect.getsource)  # what a command line is built from, read once, not once a run
@@ -156,12 +156,6 @@ def cifar10_archive():
     return raw.getvalue(), rows
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 # ---- processes: forked from a server that has imported torch and the scripts already, so each starts in no time
 
 
@@ -209,6 +203,9 @@ def run_file(path, argv):
     runpy.run_path(str(path), run_name="__main__")
 
 
+PATIENCE = 900  # seconds that a process may take: many, since nothing is wrong with one that is slow on a crowded machine
+
+
 class Child:
     """function(*args) in a process of its own, in the new folder `folder`."""
 
@@ -218,7 +215,7 @@ class Child:
         self.process = fork_server().Process(target=_enter, args=(str(folder), env or {}, function, args), daemon=True)
         self.process.start()
 
-    def wait_for(self, condition, patience=120):
+    def wait_for(self, condition, patience=PATIENCE):
         """Wait until condition() is true or the process is over; then say which of the two (True: the condition)."""
         end = time.monotonic() + patience
         while not condition():
@@ -233,7 +230,7 @@ class Child:
     def send(self, number):
         os.kill(self.process.pid, number)
 
-    def join(self, patience=120):
+    def join(self, patience=PATIENCE):
         """The exit code; minus the number of the signal that ended the process, where one did."""
         self.process.join(patience)
         if self.process.exitcode is None:
@@ -255,7 +252,18 @@ class Child:
 
 
 def start_ranks(folder, world, function, *args):
-    """function(*args, rank) in each of `world` processes of one run, as torchrun starts them."""
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Child(Path(folder) / f"rank{rank}", function, *args, rank, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(world)]
+    """function(*args, rank) in each of `world` processes of one run, as torchrun starts them.
+
+    They meet at a store of this process, as they do under torchrun. Its port is taken before they are told of it: a port
+    that is free when it is looked for may be another's a moment later.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+           "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    children = []
+    for rank in range(world):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        child = Child(Path(folder) / f"rank{rank}", function, *args, rank, env=env | own)
+        child.store = store  # which lives as long as a child is known
+        children.append(child)
+    return children

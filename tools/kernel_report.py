@@ -151,8 +151,9 @@ def build(only=None, targets=TARGETS, more=False):
     jobs = [(file, i, target) for file in files() if only in (None, file) for i, spec in enumerate(variants(file, more))
             for target in targets if spec.own.get(target, {}) is not None]
     for kept in CACHE.glob("*"):  # of sources of a month ago
-        if kept.stat().st_mtime < time.time() - 30 * 24 * 3600:
-            kept.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another report may just have renamed it
+            if kept.stat().st_mtime < time.time() - 30 * 24 * 3600:
+                kept.unlink()
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True)))
 

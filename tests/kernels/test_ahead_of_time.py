@@ -3,11 +3,13 @@
 The usual variants always; with M2_ALL_VARIANTS=1 in the environment every variant that a launch can choose: allow it an hour.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +126,21 @@ def test_a_file_of_the_cache_that_was_cut_short_is_written_again(compiled, tmp_p
     for path in (tmp_path / "cache").iterdir():
         path.write_text('{"row"')
     assert kernel_report.compile_one("bias_act", 0, "sm_80") == kernel_report.compile_one("bias_act", 0, "sm_80") == {"row": 2}
+
+
+def test_old_files_of_the_cache_go(compiled, tmp_path, monkeypatch):
+    """Those of sources of a month ago. One that another report takes away meanwhile does not matter."""
+    old, new, gone = (tmp_path / "cache" / name for name in ("old", "new", "gone"))
+    old.parent.mkdir()
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    gone.symlink_to("nowhere")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # build takes it away
+    monkeypatch.setattr(sys, "path", [*sys.path])  # and adds to this
+    monkeypatch.setattr(kernel_report, "ProcessPoolExecutor", lambda n: contextlib.nullcontext(SimpleNamespace(map=map)))
+    assert len(kernel_report.build("bias_act", ["sm_80"])) == len(kernel_report.variants("bias_act"))
+    assert not old.exists() and new.exists()
 
 
 def test_further_variants_are_compiled_where_they_are_asked_for(monkeypatch):

@@ -510,6 +510,15 @@ def test_collapse_is_told_with_its_step(digits, tmp_path, capsys, monkeypatch):
     assert final(tmp_path / "run")["test_diversity"] < 1e-3 and "WARNING: the generator has dropped modes" in said.out
 
 
+@pytest.mark.parametrize("rank, before, now, told", [(0, 0.6, 0.4, 1), (1, 0.6, 0.4, 0), (0, 0.4, 0.4, 0), (0, 0.6, 0.6, 0),
+                                                     (0, 0.5, 0.49, 1)])
+def test_a_collapse_is_told_once_by_one_process(rank, before, now, told):
+    said = []
+    run = SimpleNamespace(rank=rank, bar=SimpleNamespace(write=lambda *args: said.append(args)))
+    gan.warn_if_collapsed({"diversity": before}, {"diversity": now}, 7, run)
+    assert len(said) == told and all("step 7" in line and stream is sys.stderr for line, stream in said)
+
+
 def test_short_training_on_digits(tmp_path):
     """500 steps on the real digits: coverage and distance of 297 samples, as many as there are test images."""
     gan.main(["--steps", "500", "--num-samples", "297", "--out", str(tmp_path / "run")])

@@ -403,7 +403,8 @@ def test_the_learned_inverse_nears_the_exact_one():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert all(p.grad is None for name, p in model.named_parameters() if "learned" not in name)
+    assert all((p.grad is not None) == ("learned" in name) for name, p in model.named_parameters())
+    assert all(p.grad.abs().max() > 0 for p in model.f.learned.layers.parameters() if p.dim() > 1)  # none stands idle
     with torch.no_grad():
         v, _ = dequantize(model, torch.randint(0, 256, (200, 1, 4, 4)))
         eps, _ = model.f(v, torch.arange(200) % 3)
@@ -576,6 +577,7 @@ def test_the_learned_noise_is_a_density(shape):
         torch.randn_like = original
     assert_close(log_q[0], (log_normal([noise]) - torch.linalg.slogdet(J)[1])[0])
     assert u.min() > 0 and u.max() < 1
+    assert (u != torch.sigmoid(noise)).all()  # each pixel is transformed, of both colours of the chessboard
 
 
 def test_labels_matter_and_their_mean_is_the_likelihood(monkeypatch):

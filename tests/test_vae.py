@@ -111,10 +111,11 @@ def test_one_importance_sample_is_the_elbo(kind):
     if cfg.levels == 1 and kind != "plain":
         log_px, kls = seeded(elbo_terms, model, x, cfg)
         assert_close(iw_bound(seeded(log_weights, model, x, 1, cfg), 1), log_px - kls.sum(0))
-    many = x.repeat_interleave(20_000, 0)
-    log_px, kls = elbo_terms(model, many, cfg)
-    a, b = (log_px - kls.sum(0)).view(2, -1), log_weights(model, x, 20_000, cfg)
-    error = ((a.var(1) + b.var(1)) / 20_000).sqrt()
+    n = 10_000 if cfg.levels > 2 else 4_000
+    with torch.no_grad():
+        log_px, kls = elbo_terms(model, x.repeat_interleave(n, 0), cfg)
+        a, b = (log_px - kls.sum(0)).view(2, -1), log_weights(model, x, n, cfg)
+    error = ((a.var(1) + b.var(1)) / n).sqrt()
     assert ((a.mean(1) - b.mean(1)).abs() < 5 * error).all() and (error < 0.1).all()
 
 

@@ -571,6 +571,13 @@ def test_evaluation_repeats_itself_whatever_was_drawn_before(module, tmp_path, m
     assert not differs(*found) if module.__name__ == "flow" else found[0] == found[1]
 
 
+def test_what_evaluation_draws_follows_the_seed(module, tmp_path, monkeypatch):
+    """Noise of levels, latents, samples and times; what draws nothing is the same for all seeds."""
+    args = caught(module, "evaluate", monkeypatch, tmp_path / "run")
+    found = [module.evaluate(*with_config(args, module, seed=seed)) for seed in (3, 4)]
+    assert differs(*found) == (module.__name__ not in ("autoregressive", "vqgan"))
+
+
 def test_figures_are_of_the_test_split_and_of_all_of_it(module, tmp_path, monkeypatch):
     """In batches of 2, the last of which is short, they are those of one batch where no noise enters; other test images give
     others, and so do other labels where there are any."""

@@ -699,6 +699,8 @@ def test_what_is_said_is_what_was_measured(name, trained):
 def test_the_pixels_of_an_exact_likelihood_are_told(trained):
     module = importlib.import_module("autoregressive")
     assert "test images, binarised with seed 0)" in trained(module)[0][SAID]
+    (before, out), label = trained(module, "--no-labels"), {"test_nats_given_label"}
+    assert "the label" not in before[SAID] and not label & final(out).keys() and label < final(trained(module)[1]).keys()
     before, _ = trained(module, "--output", "softmax")
     assert "test images, 8 bits)" in before[SAID] and "(cached: 16 steps for 64 pixels)" in re.sub(" in ", " ", before[SAID])
 

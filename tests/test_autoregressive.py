@@ -387,6 +387,11 @@ def test_a_lone_copy_computes_the_same(arch, output, monkeypatch):
     x, y, noise = levels(net, 3, 1, 4, 5), torch.tensor([0, 1, 2]), torch.rand(3, 1, 4, 5, dtype=torch.float64)
     assert_close(lone.log_likelihood(copy, x, y, cfg), log_likelihood(net, x, y, cfg))
     assert torch.equal(lone.sample(copy, y, noise, cfg)[0], sample(net, y, noise, cfg)[0])
+    if output == "mixture":  # all levels, for scales of all sizes
+        every = torch.arange(256, dtype=torch.float64).view(1, 1, 16, 16)
+        params = torch.logspace(-1, 1, 40, dtype=torch.float64).view(-1, 1, 1, 1) * torch.randn(40, 6, 16, 16).double()
+        want = autoregressive.logistic_mixture(every.expand(40, -1, -1, -1), params)
+        assert_close(lone.logistic_mixture(every, params), want)
 
 
 def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path, monkeypatch):
@@ -484,6 +489,19 @@ def test_what_width_is_chosen():
 def test_dropout_is_for_digits_alone_unless_asked_for():
     assert [autoregressive.choose(Config(dataset=name), 8, 8).dropout for name in ("digits", "mnist", "photos")] == [0.3, 0, 0]
     assert autoregressive.choose(Config(dropout=0.0), 8, 8).dropout == 0
+
+
+def test_all_of_a_branch_is_dropped():
+    """At a rate of 1 a block of the transformer adds nothing, one of the PixelCNN its bias, and MADE puts out its last bias."""
+    x, y = torch.randn(2, 3, 2, 3, dtype=torch.float64), torch.tensor([0, 2])
+    block = build((3, 2, 3), "transformer", dropout=1.0)[0].trunk.blocks[0].train()
+    h = torch.randn(2, 6, 8, dtype=torch.float64)
+    assert torch.equal(block(h, lambda q, k, v: v), h)
+    block = build((3, 2, 3), "pixelcnn", dropout=1.0)[0].trunk.blocks[0].train()
+    v, h = torch.randn(2, 2, 8, 2, 3, dtype=torch.float64)
+    assert_close(block(v, h, y)[1], h + block.h_out.bias[:, None, None])
+    trunk = build((3, 2, 3), "made", dropout=1.0)[0].trunk.train()
+    assert_close(trunk(x, y), trunk.out.bias.view(2, 3, -1).permute(2, 0, 1).expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize("flags, bar", [([], 24.5), (["--arch", "pixelcnn"], 26.0), (["--arch", "made"], 25.8)])

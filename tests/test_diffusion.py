@@ -720,6 +720,34 @@ def test_inpaint_keeps_what_is_known(sampler):
     assert_close(out[..., 3:], torch.full_like(out[..., 3:], 0.25))
 
 
+def test_an_odd_size_is_a_whole_one_that_is_cropped():
+    """5 x 7 where a position of the lowest level is 4 x 4: mid-grey stands on the right and below."""
+    torch.manual_seed(0)
+    net = UNet(2, 3, 2, config(width=8)).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, t, y = torch.randn(3, 2, 5, 7), torch.rand(3), torch.arange(3)
+    whole = net(torch.nn.functional.pad(x, (0, 1, 0, 3)), t, y)
+    assert_close(net(x, t, y), whole[..., :5, :7], rtol=1e-4, atol=1e-4)
+
+
+def test_all_of_a_branch_is_dropped():
+    """At a rate of 1 a residual block adds its last bias alone."""
+    block, x = diffusion.ResBlock(4, 4, 8, 1.0).train(), torch.randn(2, 4, 3, 3)
+    for p in block.parameters():
+        torch.nn.init.normal_(p)
+    assert_close(block(x, torch.randn(2, 8)), x + block.conv2.bias[:, None, None])
+
+
+def test_what_is_chosen_by_size_and_tuning():
+    for side, patch in {8: 1, 15: 1, 16: 2, 28: 2}.items():
+        assert diffusion.build((1, side + 9, side), 0, Config(width=4)).patch == patch
+    assert (config().nfe, config().sampler) == (20, "dpm++")
+    assert (config(consistency=True).nfe, config(consistency=True).sampler) == (2, "consistency")
+    assert config(consistency=True, nfe=7, sampler="ddim") == Config(
+        **vars(config(consistency=True)) | {"nfe": 7, "sampler": "ddim"})
+
+
 @pytest.mark.parametrize("name, known", [("left", np.s_[:, :3]), ("right", np.s_[:, 3:]), ("top", np.s_[:2]),
                                          ("bottom", np.s_[2:]), ("file", np.s_[1:3])])
 def test_masks(name, known, tmp_path):
@@ -729,6 +757,9 @@ def test_masks(name, known, tmp_path):
     if name == "file":
         Image.fromarray(255 * expected.numpy().astype(np.uint8).repeat(3, 0).repeat(3, 1)).save(name := tmp_path / "mask.png")
     assert torch.equal(diffusion.read_mask(str(name), 5, 7), expected[None, None])
+    if name not in ("left", "right", "top", "bottom"):  # of grey what is nearer to white, as a JPEG has no pure black
+        Image.fromarray((127 + expected).numpy().astype(np.uint8)).save(name)
+        assert torch.equal(diffusion.read_mask(str(name), 5, 7), expected[None, None])
 
 
 # ---- training and its options, on the real digits

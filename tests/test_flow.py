@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -49,7 +50,11 @@ def flat(eps):
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 2, 6), (1, 5, 3), (1, 1, 1), (3, 2, 2)])
 def test_log_det_and_inverse(kind, shape):
     """log |det| is that of autograd's Jacobian, and the inverse brings back what went in: odd sizes lose and gain nothing."""
-    model, cfg = build(kind, shape)
+    model, _ = build(kind, shape)
+    check_log_det_and_inverse(model, shape)
+
+
+def check_log_det_and_inverse(model, shape):
     x, y = batch(3, shape)
     eps, log_det = model.f(x, y)
     assert [e.shape[1:] for e in eps] == [torch.Size(s) for s in model.f.noise_shapes]
@@ -61,6 +66,30 @@ def test_log_det_and_inverse(kind, shape):
     for how in ("cached", "jacobi"):
         with torch.no_grad():
             assert_close(model.f.inverse(eps, y, how)[0], x, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"coupling": "affine"}, {"coupling": "additive"}, {"noise": 0.1}], ids=str)
+def test_log_det_and_inverse_of_other_tarflows(fields):
+    """Of each coupling, and where splines leave room for the noise of training: 8 deviations of it, and no more."""
+    model, cfg = build("tarflow", (2, 2, 4), patch=2, **fields)
+    check_log_det_and_inverse(model, (2, 2, 4))
+    if cfg.noise:
+        model.f(torch.full((1, 2, 2, 4), 1.8, dtype=torch.float64), torch.tensor([0]), states := [])
+        assert_close(states[0], torch.ones_like(states[0]))
+
+
+def test_log_scales_of_affine_couplings_are_bounded():
+    """In steps of Glow, of which there are many, by 2; in blocks of TarFlow by 4; a prior may be as narrow as exp(-6)."""
+    glow, tar = build("affine")[0].f, build("tarflow", coupling="affine")[0].f
+    x, y = batch(2, (4, 2, 2))
+    step, prior, block = glow.scales[0]["steps"][0], glow.last, tar.blocks[0]
+    nn.init.constant_(step.conv3.bias, 1e5)
+    nn.init.constant_(prior.label.weight, 1e5)
+    nn.init.constant_(block.head.W.bias, 1e5)
+    last = torch.randn(2, prior.label.weight.shape[1] // 2, 1, 1, dtype=torch.float64)
+    for log_det, numbers, bound in ((step.transform(x, y)[1], 8, 2), (prior(last, None, y)[1], last[0].numel(), 6),
+                                    (block(batch(2, (4, 4))[0], y)[1], 16, 4)):
+        assert_close(log_det, torch.full((2,), numbers * bound, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 @every_kind
@@ -148,6 +177,17 @@ def test_actnorm_is_set_from_data_once():
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.f(x * 5, y)  # what sets it has gone
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_actnorm_of_a_channel_without_variance_is_finite():
+    """As of images that are black, or the same in all of a corner."""
+    model, _ = build("affine")
+    y = torch.zeros(5, dtype=torch.long)
+    v = torch.full((5, 1, 4, 4), -0.5, dtype=torch.float64)
+    initialise(model, v, y)
+    eps, log_det = model.f(v, y)
+    assert flat(eps).isfinite().all() and log_det.isfinite().all()
+    assert_close(model.f.scales[0]["steps"][0].log_scale, torch.full((4,), math.log(1e3), dtype=torch.float64))
 
 
 def test_training_begins_with_actnorm_of_its_images(digits, tmp_path, monkeypatch):
@@ -279,6 +319,23 @@ def test_a_perfect_inverse_has_no_loss_and_any_error_its_square():
     assert torch.equal(seen[0][1], y)
     shifts[:] = [0.0, 0.0]
     assert_close(model.f.inverse(eps, y, "learned")[0], v)  # and its last state is the image
+    torch.manual_seed(1)
+    v, _ = dequantize(model, x)
+    noisy, _ = model.f(v + 0.1 * torch.randn_like(v), y)  # as the flow was trained
+    torch.manual_seed(1)
+    flow.inverse_loss(model, x, y, dataclasses.replace(cfg, noise=0.1))
+    assert_close(seen[-1][0], noisy[0].detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_learned_inverse_sees_the_noise_in_raster_order(blocks):
+    """At the place of the pixels that it makes, whichever way round the flow's last block has it: as it is, and uniform."""
+    model, _ = learnable(blocks=blocks)
+    z, seen = torch.randn(2, 6, 4, dtype=torch.float64), []
+    model.f.learned.embed.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    model.f.learned(z, torch.tensor([0, 1]))
+    z = z.flip(1, 2) if blocks == 1 else z
+    assert_close(seen[0], torch.cat([z, 2 * torch.special.ndtr(z) - 1], 2))
 
 
 def test_the_learned_inverse_takes_labels_noise_and_temperature():
@@ -346,7 +403,8 @@ def test_the_learned_inverse_nears_the_exact_one():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert all(p.grad is None for name, p in model.named_parameters() if "learned" not in name)
+    assert all((p.grad is not None) == ("learned" in name) for name, p in model.named_parameters())
+    assert all(p.grad.abs().max() > 0 for p in model.f.learned.layers.parameters() if p.dim() > 1)  # none stands idle
     with torch.no_grad():
         v, _ = dequantize(model, torch.randint(0, 256, (200, 1, 4, 4)))
         eps, _ = model.f(v, torch.arange(200) % 3)
@@ -356,13 +414,18 @@ def test_the_learned_inverse_nears_the_exact_one():
     assert ((learned - v) ** 2).mean() < 0.5 * v.var(0).mean()
 
 
-@pytest.mark.parametrize("flags", ["--layers 2", "--n-head 1", "--no-labels", "--coupling affine", "--noise 0.1"])
-def test_the_learned_inverse_wants_the_flow_of_init(flags, digits, tmp_path, capsys):
+def test_the_learned_inverse_wants_the_flow_of_init(digits, tmp_path, capsys):
+    """Whatever of the network differs: else parts of the flow would be those that nobody trained."""
     flow.main([*TINY, "--out", str(tmp_path / "base")])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        flow.main([*TINY, *flags.split(), "--learn-inverse", "--init", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "--learn-inverse" in tiny.error_line(capsys.readouterr().err)
+    for flags in ("--layers 2", "--n-head 1", "--no-labels", "--coupling affine", "--noise 0.1", "--width 12", "--blocks 2",
+                  "--patch 4", "--dequantize variational"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            flow.main([*TINY, *flags.split(), "--learn-inverse", "--init", str(tmp_path / "base"), "--out",
+                       str(tmp_path / "run")])
+        name = {"--no-labels": "classes", "--n-head": "n_head"}.get(flags.split()[0], flags.split()[0].strip("-"))
+        assert stop.value.code == 2
+        assert re.fullmatch(rf"--learn-inverse: the run in .* has another {name}", tiny.error_line(capsys.readouterr().err))
 
 
 def test_no_learned_inverse_is_one_line(digits, tmp_path, capsys):
@@ -490,6 +553,11 @@ def test_dequantised_levels_stay_in_their_bins(kind):
     assert torch.equal(log_q == 0, torch.full((20,), kind == "uniform"))
     again, _ = dequantize(model, x.double())
     assert not torch.equal(v, again)
+    if kind == "variational":  # the network sees levels as images in [-1,1]
+        seen = []
+        model.dequantizer.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+        dequantize(model, x.double())
+        assert_close(seen[0], x / 127.5 - 1, check_dtype=False)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (3, 3, 5)])
@@ -509,6 +577,7 @@ def test_the_learned_noise_is_a_density(shape):
         torch.randn_like = original
     assert_close(log_q[0], (log_normal([noise]) - torch.linalg.slogdet(J)[1])[0])
     assert u.min() > 0 and u.max() < 1
+    assert (u != torch.sigmoid(noise)).all()  # each pixel is transformed, of both colours of the chessboard
 
 
 def test_labels_matter_and_their_mean_is_the_likelihood(monkeypatch):
@@ -645,6 +714,14 @@ def test_choose_halves_while_both_sides_are_even():
     for (H, W), want in {(28, 28): 2, (8, 8): 3, (64, 32): 3, (6, 4): 1, (5, 7): 1, (1, 8): 0, (12, 16): 2}.items():
         assert flow.choose(Config(arch="glow"), H, W).scales == want
     assert flow.choose(Config(arch="glow", scales=1), 8, 8).scales == 1
+
+
+def test_choose_takes_the_largest_patch_that_fits():
+    """Of at most 2 pixels below 16, else of at most 4; and the width of the architecture, where none is given."""
+    for (H, W), patch in {(8, 8): 2, (7, 5): 1, (14, 30): 2, (16, 16): 4, (18, 36): 3, (28, 28): 4}.items():
+        assert flow.choose(Config(), H, W).patch == patch
+    assert [flow.choose(Config(arch=arch), 8, 8).width for arch in ("glow", "tarflow")] == [64, 128]
+    assert flow.choose(Config(arch="glow", width=12), 8, 8).width == 12
 
 
 def test_sampling_denoises_where_training_added_noise():

@@ -236,6 +236,37 @@ def test_labels_reach_both_networks():
     assert not torch.equal(x[0], x[1])
     scores = D(x[:1].expand(3, -1, -1, -1), torch.arange(3))
     assert len(scores.unique()) == 3
+    e = D.class_vector.weight  # (3,8); projection eq. 3, scaled to a variance that the width does not change
+    assert_close(scores - scores[0], (e - e[0]) @ D.features(x[:1])[0] / 8**0.5)
+
+
+def test_layers_begin_with_their_gain():
+    """The mean square of what a convolution puts out is gain^2 for an input of 1, and a residual branch begins at a tenth."""
+    x = torch.randn(200, 64, 3, 3)
+    for gain, kernel in ((1.0, 3), (0.5, 3), (1.0, 1)):
+        assert gan.conv(64, 256, gain, kernel)(x)[:, :, 1, 1].square().mean().item() == pytest.approx(gain**2, rel=0.1)
+    block = gan.ResBlock(64, lambda layer: layer)
+    assert 0.07 < (block(x) - x)[:, :, 1, 1].std() < 0.14
+
+
+def test_an_odd_size_is_a_whole_one_that_is_cropped():
+    """5 x 7 in patches of 4: D sees mid-grey on the right and below, and what G makes there is dropped."""
+    (G, D, _), (whole_G, whole_D, _) = (build(shape, patch=4) for shape in ((2, 5, 7), (2, 8, 8)))
+    whole_G.load_state_dict(G.state_dict())
+    whole_D.load_state_dict(D.state_dict())
+    x, y, z = batch(3, (2, 5, 7))
+    assert_close(G(z, y), whole_G(z, y)[..., :5, :7])
+    assert_close(D(x, y), whole_D(F.pad(x, (0, 1, 0, 3)), y))
+
+
+def test_what_is_chosen_by_size_and_loss():
+    for side, patch in {8: 1, 15: 1, 16: 2, 28: 2}.items():
+        assert gan.choose(Config(), side + 9, side).patch == patch
+    for loss in gan.LOSS_D:
+        cfg = gan.choose(Config(loss=loss), 8, 8)
+        assert (cfg.r1, cfg.r2) == ((0.5, 0.5) if loss == "relativistic" else (0, 0))
+    cfg = gan.choose(Config(r1=0.0, r2=2.0, patch=4), 8, 8)
+    assert (cfg.r1, cfg.r2, cfg.patch) == (0, 2, 4)
 
 
 def test_samples_lie_in_range():
@@ -248,7 +279,7 @@ def test_samples_lie_in_range():
 
 def test_interpolations_lead_from_one_noise_vector_to_another():
     """Rows of ten: both ends are samples of the first and second half of the noise, of the classes that are asked for."""
-    G, _, cfg = build()
+    G, _, cfg = build(seed=5)
     G = G.float()
     run = SimpleNamespace(device="cpu", labels=lambda n: torch.arange(n) % 2 + 1)
     rows = gan.interpolations(G, cfg, run).unflatten(0, (10, 10))
@@ -256,6 +287,8 @@ def test_interpolations_lead_from_one_noise_vector_to_another():
     for end, noise in ((0, z[0]), (9, z[1])):
         want = gan.to_uint8(sample(G, noise, run.labels(10)))
         assert (rows[:, end].int() - want.int()).abs().max() <= 1  # cos(pi / 2) is not quite 0
+    at_30_degrees = gan.to_uint8(sample(G, math.sqrt(3) / 2 * z[0, :] + z[1] / 2, run.labels(10)))
+    assert (rows[:, 3].int() - at_30_degrees.int()).abs().max() <= 1  # on the arc, where noise keeps its length
 
 
 def test_stacked_digits():
@@ -266,6 +299,9 @@ def test_stacked_digits():
     known = {image.numpy().tobytes() for image in data.train[:, 0]}
     assert all(channel.numpy().tobytes() in known for image in stacked.train for channel in image)
     assert torch.equal(gan.stack(data).train, stacked.train)
+    assert any(len(image.flatten(1).unique(dim=0)) == 3 for image in stacked.train)  # each channel is a draw of its own
+    tested = {image.numpy().tobytes() for image in data.test[:, 0]}
+    assert all(channel.numpy().tobytes() in tested for image in stacked.test for channel in image)
 
 
 def test_one_image_has_no_diversity_to_compare_with():
@@ -412,6 +448,7 @@ def test_each_network_steps_on_noise_of_its_own(digits, tmp_path, monkeypatch):
     for name, function in (("loss_d", loss_d), ("loss_g", loss_g)):
         def watch(G, D, real, y, z, *args, inside=function):
             seen.append((real, y, z))
+            assert inside is loss_g or args[0] == (len(seen) - 1) // 2  # the step, by which penalties are annealed
             assert all(p.requires_grad == (inside is loss_d) for p in D.parameters())
             return inside(G, D, real, y, z, *args)
         monkeypatch.setattr(gan, name, watch)
@@ -465,12 +502,21 @@ def test_load_gives_what_samples_are_drawn_from(digits, tmp_path):
 def test_collapse_is_told_with_its_step(digits, tmp_path, capsys, monkeypatch):
     calls = iter([torch.rand(64, 1, 8, 8) * 2 - 1])
     monkeypatch.setattr(gan, "sample", lambda G, z, y, temperature=1.0: next(calls, torch.zeros(len(z), 1, 8, 8)))
-    gan.main([*TINY, "--out", str(tmp_path / "run"), "--log-every", "2"])
+    gan.main([*TINY, "--out", str(tmp_path / "run"), "--log-every", "2", "--steps", "7"])  # looks at 0, 2, 4 and 6
     said = capsys.readouterr()
     for what in ("diversity", "feature diversity"):
         assert f"step 2: the samples' {what} fell to 0 % of the data's" in said.err
     assert said.err.count("warning") == 2
     assert final(tmp_path / "run")["test_diversity"] < 1e-3 and "WARNING: the generator has dropped modes" in said.out
+
+
+@pytest.mark.parametrize("rank, before, now, told", [(0, 0.6, 0.4, 1), (1, 0.6, 0.4, 0), (0, 0.4, 0.4, 0), (0, 0.6, 0.6, 0),
+                                                     (0, 0.5, 0.49, 1)])
+def test_a_collapse_is_told_once_by_one_process(rank, before, now, told):
+    said = []
+    run = SimpleNamespace(rank=rank, bar=SimpleNamespace(write=lambda *args: said.append(args)))
+    gan.warn_if_collapsed({"diversity": before}, {"diversity": now}, 7, run)
+    assert len(said) == told and all("step 7" in line and stream is sys.stderr for line, stream in said)
 
 
 def test_short_training_on_digits(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -164,6 +165,16 @@ def test_adaptive_weight_is_a_ratio_of_norms_without_gradient():
     ga, gb = torch.autograd.grad(a, w, retain_graph=True)[0], torch.autograd.grad(b, w)[0]
     assert_close(weight, ga.norm() / (gb.norm() + 1e-6))
     assert not weight.requires_grad
+    assert adaptive_weight((1e9 * w).sum(), (w**2).sum(), w) == 1e4  # its limit
+
+
+def test_a_score_is_of_a_patch_of_23_pixels():
+    x = torch.randn(1, 1, 48, 48, requires_grad=True)
+    score, _ = Discriminator(1)(x)
+    (grad,) = torch.autograd.grad(score[0, 0, 6, 6], x)
+    for side in (2, 3):
+        (seen,) = grad.abs().amax(5 - side)[0, 0].nonzero(as_tuple=True)
+        assert len(seen) == seen.max() - seen.min() + 1 == 23
 
 
 def test_the_total_is_its_terms_and_each_step_leaves_the_other_alone():
@@ -171,8 +182,13 @@ def test_the_total_is_its_terms_and_each_step_leaves_the_other_alone():
     x = batch()
     total, terms, _ = loss_autoencoder(model, D, x, 4, cfg)
     assert terms.keys() == {"l1", "loss_q"} and torch.equal(total, terms["l1"] + terms["loss_q"])
+    plain, terms, _ = loss_autoencoder(model, D, x, 5, config(disc_start=5, disc_weight=0.0))  # a plain VQ-VAE
+    assert terms.keys() == {"l1", "loss_q"} and torch.equal(plain, terms["l1"] + terms["loss_q"])
     D.requires_grad_(False)
     total, t, x_hat = loss_autoencoder(model, D, x, 5, cfg)
+    assert_close(t["l1"], (x_hat - x).abs().mean())
+    assert_close(t["perceptual"], vqgan.feature_distance(D(x)[1], D(x_hat)[1]))
+    assert len(D(x)[1]) == 3
     assert_close(total, t["l1"] + t["loss_q"] + 0.7 * t["perceptual"] + 0.3 * t["adaptive"] * t["adversarial"])
     assert_close(t["adversarial"], -D(x_hat)[0].mean())
     reconstruction = t["l1"] + 0.7 * t["perceptual"]
@@ -208,6 +224,44 @@ def test_any_size(shape, kind):
     model.eval()
     _, indices, _ = model.quantizer(model.encode(x))
     assert_close(model.draw(indices)[..., :shape[1], :shape[2]], model(x)[0])
+
+
+def test_an_odd_size_is_a_whole_one_that_is_cropped():
+    """5 x 7 in codes of 4 x 4: the last row and column go on to the right and below, what is drawn there is dropped."""
+    model, _, prior, cfg = build((2, 5, 7), downsample=4)
+    model.eval()
+    x = batch(3, (2, 5, 7))
+    whole = torch.cat([x, x[..., -1:, :].expand(-1, -1, 3, -1)], 2)
+    whole = torch.cat([whole, whole[..., -1:]], 3)
+    assert_close(model.encode(x), model.encode(whole))
+    assert_close(model(x)[0], model(whole)[0][..., :5, :7])
+    cfg.sample_size = (6, 11)  # so are samples
+    run = types.SimpleNamespace(device="cpu", shape=(2, 5, 7), labels=lambda n: torch.arange(n) % 3)
+    images, y = vqgan.generate(model, prior, 4, cfg, run)
+    noise = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(cfg.seed))
+    assert torch.equal(images, vqgan.to_uint8(model.draw(sample(prior, y, noise, cfg)))[..., :6, :11])
+
+
+def test_what_is_chosen_by_size_and_quantizer():
+    for side, downsample in {8: 2, 15: 2, 16: 4, 64: 4, 65: 8, 256: 8}.items():
+        assert vqgan.choose(Config(), side + 9, side).downsample == downsample
+    for kind, codes, dim in (("vq", 256, 16), ("simvq", 256, 8), ("fsq", 240, 3)):
+        cfg = vqgan.choose(Config(quantizer=kind), 8, 8)
+        assert (cfg.n_codes, cfg.code_dim) == (codes, dim)
+    assert vqgan.choose(Config(quantizer="simvq", code_dim=5, downsample=8), 8, 8).code_dim == 5
+
+
+def test_what_codes_begin_as():
+    """Of simvq W is the identity, and the frozen vectors have a norm of about 1."""
+    q = SimVQ(config(n_codes=500, code_dim=64))
+    assert torch.equal(q.lookup(torch.arange(500)), q.frozen)
+    assert q.frozen.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_all_of_a_branch_is_dropped():
+    """At a rate of 1 a block of the transformer adds nothing."""
+    block, x = vqgan.TransformerBlock(8, 2, 1.0).train(), torch.randn(2, 5, 8)
+    assert torch.equal(block(x, lambda q, k, v: v), x)
 
 
 # ---- the prior

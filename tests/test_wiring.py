@@ -470,6 +470,21 @@ def test_optimizers_step_at_the_rate_that_is_logged(module, tmp_path):
     assert rates and rates == pytest.approx(last)
 
 
+BETAS = {"optimizer": (0.9, 0.99), "optimizer_prior": (0.9, 0.99), "optimizer_model": (0.5, 0.9)}  # by name in checkpoint.pt
+BETAS_D = {"gan": (0.0, 0.99), "vqgan": (0.5, 0.9)}  # of a game no more momentum than this
+
+
+def test_optimizers_are_adam_with_their_betas(module, trained):
+    """Without weight decay; in a game with little or no momentum, in which the other player is soon another one."""
+    saved = load_checkpoint(trained(module)[1])
+    groups = {name: group for name, part in saved.items() if name.startswith("optimizer") for group in part["param_groups"]}
+    games = {"optimizer_d", "optimizer_g"}
+    for name, group in groups.items():
+        assert tuple(group["betas"]) == (BETAS_D[module.__name__] if name in games else BETAS[name]), name
+        assert (group["eps"], group["weight_decay"], group["amsgrad"]) == (1e-8, 0, False)
+    assert len(groups) == {"gan": 2, "vqgan": 3}.get(module.__name__, 1)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_is_logged_was_minimised(name, tmp_path, monkeypatch):
     """Each line holds the losses of its step, nats and bits agree, and sums with their parts; an image has 64 dimensions."""
@@ -555,6 +570,13 @@ def test_evaluation_repeats_itself_whatever_was_drawn_before(module, tmp_path, m
         torch.manual_seed(seed)
         found.append(module.evaluate(*args))
     assert not differs(*found) if module.__name__ == "flow" else found[0] == found[1]
+
+
+def test_what_evaluation_draws_follows_the_seed(module, tmp_path, monkeypatch):
+    """Noise of levels, latents, samples and times; what draws nothing is the same for all seeds."""
+    args = caught(module, "evaluate", monkeypatch, tmp_path / "run")
+    found = [module.evaluate(*with_config(args, module, seed=seed)) for seed in (3, 4)]
+    assert differs(*found) == (module.__name__ not in ("autoregressive", "vqgan"))
 
 
 def test_figures_are_of_the_test_split_and_of_all_of_it(module, tmp_path, monkeypatch):
@@ -651,6 +673,59 @@ def test_the_last_grid_of_training_is_that_of_the_samples(module, tmp_path):
     """Made of the averaged network and the noise of --seed: as many images of the same checkpoint, the same picture."""
     out = go(module, tmp_path / "run", "--num-samples", 80, "--save-every", 3, "--ema", 0.5)
     assert (out / "samples.png").read_bytes() == (out / "samples" / "step_000003.png").read_bytes()
+
+
+FIGURES = {  # as they are said
+    "gan": ["on all 5 test images, at most 1,000: samples have {test_diversity:.0%} of their diversity, in D's features "
+            "{test_feature_diversity:.0%}; D scores train images {test_d_train:.2f}, test images {test_d_test:.2f}, samples "
+            "{test_d_fake:.2f}; "],
+    "autoregressive": ["test nll {test_nats:.3f} nats, {test_bpd:.4f} bits/dim (exact, all 5 test images, ",
+                       "This is the mean of p(x | y) over the classes. Given the label it is {test_nats_given_label:.3f} nats"],
+    "diffusion": ["test bits/dim {test_bpd:.4f} (upper bound given the label, all 5 test images, 1 time samples each: prior "
+                  "{test_prior:.4f} + diffusion {test_diffusion:.4f} + reconstruction {test_reconstruction:.4f})"],
+    "vqgan": ["all 5 test images reconstructed: L1 {test_l1:.4f}, PSNR {test_psnr:.1f} dB; of 8 codes {percent:.1f} % in use, "
+              "perplexity {perplexity:.1f}; {test_bits_per_code:.3f} bits a code, 16 codes an image"]}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_what_is_said_is_what_was_measured(name, trained):
+    """The figures of the last line of metrics.jsonl, each under its name; of vae.py and flow.py in their own files."""
+    (before, out), figures = trained(importlib.import_module(name)), {}
+    figures = final(out) | {"percent": 100 * final(out).get("usage", 0)}
+    lines = before[SAID].splitlines()
+    for want in FIGURES[name]:
+        assert sum(line.startswith(want.format(**figures)) for line in lines) == 1, (want.format(**figures), lines)
+
+
+def test_the_pixels_of_an_exact_likelihood_are_told(trained):
+    module = importlib.import_module("autoregressive")
+    assert "test images, binarised with seed 0)" in trained(module)[0][SAID]
+    (before, out), label = trained(module, "--no-labels"), {"test_nats_given_label"}
+    assert "the label" not in before[SAID] and not label & final(out).keys() and label < final(trained(module)[1]).keys()
+    before, _ = trained(module, "--output", "softmax")
+    assert "test images, 8 bits)" in before[SAID] and "(cached: 16 steps for 64 pixels)" in re.sub(" in ", " ", before[SAID])
+
+
+GRIDS_OF = {"vae": {"reconstructions.png": 80, "interpolations.png": 100}, "gan": {"interpolations.png": 100},
+            "autoregressive": {"complete.png": 16 * 6}, "diffusion": {"inpaint.png": 80}, "vqgan": {"reconstructions.png": 80}}
+
+
+def test_grids_hold_as_many_images_as_they_say(module, tmp_path, monkeypatch):
+    """Of 90 samples the first 80; of 50 test images the first 40, of completions 16; each pair begins with its test image."""
+    grids, save_grid = {}, module.save_grid
+    data = make_data(module, test=50, classes=3)
+    monkeypatch.setattr(module, "load_data", lambda *args: data)
+    monkeypatch.setattr(module, "save_grid", lambda images, path, *args, **more: grids.update({path.name: images}))
+    more = {"autoregressive": "--complete top --output softmax", "diffusion": "--inpaint top", "vae": "--likelihood mixture"}
+    go(module, tmp_path / "run", "--num-samples", 90, "--steps", 1, *more.get(module.__name__, "").split())
+    assert {name: len(images) for name, images in grids.items()} == {"samples.png": 80} | GRIDS_OF.get(module.__name__, {})
+    with np.load(tmp_path / "run" / "samples.npz") as arrays:
+        assert np.array_equal(arrays["images"][:80], grids["samples.png"].permute(0, 2, 3, 1)) and len(arrays["images"]) == 90
+    for name, each in (("reconstructions.png", 2), ("inpaint.png", 2), ("complete.png", 6)):
+        if name in grids:
+            given = grids[name][::each, :, :4]  # the upper half, which is also what is given
+            assert torch.equal(given, data.test[:len(given), :, :4])
+    assert save_grid is not module.save_grid
 
 
 def test_evaluation_and_sampling_leave_each_other_alone(module, trained, tmp_path):

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
+nets = sys.modules["features"]  # tools/features.py
+maths = sys.modules["metrics"]  # tools/metrics.py
 
 ACCURACY = {"digits": 1.0, "mnist": 0.9946, "fashion_mnist": 0.9279}  # as stated in the docstring of the tool
 PLACES = [Path(p) for p in (os.environ.get("M2_DATA_DIR"), ROOT / "data", ROOT.parent / "shared" / "data") if p]
@@ -115,21 +117,23 @@ def test_density_and_coverage_are_brute_force(k, n_real, n_fake, monkeypatch):
     real, fake = rng.normal(size=(n_real, 4)), rng.normal(0.3, 1.2, size=(n_fake, 4))
     expected = brute_force(real, fake, k)
     for chunk in (1, 7, 1000):
-        monkeypatch.setattr(tool, "CHUNK", chunk)
-        assert tool.density_coverage(real, fake, k) == pytest.approx(expected, rel=1e-12)
+        monkeypatch.setattr(maths, "CHUNK", chunk)
+        found = tool.manifold(real, fake, k)
+        assert (found["density"], found["coverage"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_density_and_coverage_of_copies():
     """Copies put many points exactly on the border of a ball, which is not inside."""
     real = np.random.default_rng(0).normal(100, 1, size=(150, 64)).astype(np.float32)
-    density, coverage = tool.density_coverage(real, real, 5)
-    assert density == pytest.approx(1.0, abs=1e-12) and coverage == 1.0  # itself and the nearest 4, of the 5
-    assert tool.density_coverage(real, real + 1000, 5) == (0.0, 0.0)
+    found = tool.manifold(real, real, 5)
+    assert found["density"] == pytest.approx(1.0, abs=1e-12)  # itself and the nearest 4, of the 5
+    assert found["coverage"] == found["precision"] == found["recall"] == 1.0
+    assert set(tool.manifold(real, real + 1000, 5).values()) == {0.0}
 
 
 def test_too_few_real_images_for_k():
     with pytest.raises(ValueError, match="more than k=5 real images, not 5"):
-        tool.density_coverage(np.zeros((5, 2)), np.zeros((9, 2)))
+        tool.manifold(np.zeros((5, 2)), np.zeros((9, 2)))
 
 
 def test_class_histogram():
@@ -145,9 +149,9 @@ def test_class_histogram():
 
 @pytest.mark.parametrize("dataset", tool.SHAPES)
 def test_committed_weights(dataset):
-    path = tool.WEIGHTS / f"{dataset}.pt"
+    path = nets.WEIGHTS / f"{dataset}.pt"
     assert path.stat().st_size < 1_000_000
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == tool.SHA256[dataset]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == nets.SHA256[dataset]
     assert not tool.load_classifier(dataset).training
 
 
@@ -169,10 +173,10 @@ def test_stored_moments_are_those_of_the_train_split():
 
 
 def test_changed_weights_are_refused(tmp_path, monkeypatch, capsys, save, digits):
-    data = bytearray((tool.WEIGHTS / "digits.pt").read_bytes())
+    data = bytearray((nets.WEIGHTS / "digits.pt").read_bytes())
     data[-1] ^= 1
     (tmp_path / "digits.pt").write_bytes(data)
-    monkeypatch.setattr(tool, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(nets, "WEIGHTS", tmp_path)
     check_error(capsys, [save(images=digits[0]), "--dataset", "digits"], "does not have the SHA-256")
 
 
@@ -181,14 +185,14 @@ def test_training_writes_a_classifier_that_loads(tmp_path, monkeypatch, capsys):
     small = type("Small", (), {})()
     for name in ("train", "train_labels", "test", "test_labels"):
         setattr(small, name, getattr(data, name)[:100])
-    monkeypatch.setattr(tool, "load_data", lambda dataset, data_dir: small)
-    monkeypatch.setattr(tool, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(nets, "load_data", lambda dataset, data_dir: small)
+    monkeypatch.setattr(nets, "WEIGHTS", tmp_path)
     hashes = []
     for _ in range(2):
         assert tool.main(["--train-classifier", "--dataset", "digits"]) == 0
         hashes.append(capsys.readouterr().out.splitlines()[-1].split('"')[-2])
     assert hashes[0] == hashes[1]
-    monkeypatch.setitem(tool.SHA256, "digits", hashes[0])
+    monkeypatch.setitem(nets.SHA256, "digits", hashes[0])
     f = tool.features(small.train.permute(0, 2, 3, 1), tool.load_classifier("digits"))
     assert tool.distance_to_train(f, tool.load_classifier("digits")) < 1e-3
 
@@ -197,7 +201,7 @@ def test_training_writes_a_classifier_that_loads(tmp_path, monkeypatch, capsys):
 def test_augment_shifts_and_flips(flip):
     torch.manual_seed(0)
     x = torch.arange(1.0, 13).reshape(1, 1, 3, 4)
-    results = {tuple(y.flatten().tolist()) for y in tool.augment(x.repeat(500, 1, 1, 1), 1, flip)}
+    results = {tuple(y.flatten().tolist()) for y in nets.augment(x.repeat(500, 1, 1, 1), 1, flip)}
     expected = set()
     for image in [x, x.flip(3)] if flip else [x]:
         padded = torch.nn.functional.pad(image, (1, 1, 1, 1))

@@ -406,10 +406,10 @@ def table(groups):
         rows = g.rows
         machine = processors.index(f"{rows[0]['processor']}, PyTorch {rows[0]['torch']}") + 1
         name = f"**{g.row.name}**" if g.row.best else g.row.name
-        cells = [name, g.row.says, f"`{rows[0]['command']}`", likelihood_text(rows), listed(rows, "distance", "{:.3f}"), listed(rows[:1], "floor", "{:.3f}"), listed(rows, "density", "{:.2f}"),
-                 listed(rows, "coverage", "{:.2f}"), listed(rows, "seconds_64", "{:.3g}"), listed(rows, "seconds_1", "{:.3g}"),
-                 listed(rows, "steps", "{:,}"), listed(rows[:1], "parameters", "{:,}"), listed(rows, "peak_mb", "{:.0f}"),
-                 str(machine)]
+        cells = [name, g.row.says, f"`{rows[0]['command']}`", likelihood_text(rows), listed(rows, "distance", "{:.3f}"),
+                 listed(rows[:1], "floor", "{:.3f}"), listed(rows, "density", "{:.2f}"), listed(rows, "coverage", "{:.2f}"),
+                 listed(rows, "seconds_64", "{:.3g}"), listed(rows, "seconds_1", "{:.3g}"), listed(rows, "steps", "{:,}"),
+                 listed(rows[:1], "parameters", "{:,}"), listed(rows, "peak_mb", "{:.0f}"), str(machine)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"Processor {i}: {name}." for i, name in enumerate(processors, 1))]
     return "\n".join(lines)

@@ -208,9 +208,9 @@ def train_classifier(dataset, data_dir="data"):
     print(f'SHA256["{dataset}"] = "{hashlib.sha256(path.read_bytes()).hexdigest()}"')
 
 
-def epochs_for(n, images=300_000):
-    """So many epochs of n images that a network sees about `images` of them, 1 to 30."""
-    return min(max(round(images / n), 1), 30)
+def epochs_for(n, images=300_000, least=450):
+    """So many epochs of n images that a network sees about `images` of them: 1 to 30, more where these are few steps."""
+    return max(1, min(round(images / n), 30), math.ceil(least / math.ceil(n / 100)))
 
 
 # ---- the network of other data, trained where it is not there yet

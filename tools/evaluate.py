@@ -1,37 +1,59 @@
-"""How close are generated images to real ones? One small fixed classifier per data set answers, in seconds on a CPU.
+"""How close are generated images to real ones? One small fixed network per data set answers.
 
-  python tools/evaluate.py SAMPLES.npz --dataset digits|mnist|fashion_mnist|stacked_mnist [--data-dir data] [--json]
+  python tools/evaluate.py SAMPLES.npz --dataset digits|mnist|fashion_mnist|stacked_mnist [--json]
+  python tools/evaluate.py runs/NAME                       # its samples.npz and its data set
+  python tools/evaluate.py IMAGES --dataset FOLDER|FILE.npz|cifar10 --image-size 64
 
-SAMPLES.npz holds `images` (uint8 {0..255}, N,H,W,C) and maybe `labels` (integers {0..9}, N). The program prints:
-- frechet: the Frechet distance (Heusel et al. 2017, arXiv:1706.08500) of two Gaussians, fitted to the features of the
-  samples and of the whole train split. Our features are not Inception's: never compare with a published FID.
-- density, coverage (Naeem et al. 2020, arXiv:2002.09797): fidelity and diversity, from balls that reach to the k=5th
-  neighbour of each of 10,000 fixed train images (1,500 of digits). Coverage grows with n: compare it at equal n only.
-- classes: the histogram of predicted classes, its entropy in nats and perplexity (10 when all classes are as frequent).
+SAMPLES.npz holds `images` (uint8 {0..255}, N,H,W,C) and maybe `labels` (integers {0..9}, N). IMAGES
+is a folder of image files; where they lie in folders named like the classes, these are the labels.
+tools/features.py says which network sees which data, and the program prints it. It prints also:
+- frechet: the Frechet distance (Heusel et al. 2017, arXiv:1706.08500) of two Gaussians, fitted to
+  the features of the samples and of the whole train split. Our features are not Inception's: never
+  compare with a published FID.
+- density, coverage (Naeem et al. 2020, arXiv:2002.09797): fidelity and diversity, from balls that
+  reach to the k=5th neighbour of each of 10,000 fixed train images (1,500 of digits). Coverage grows
+  with n: compare it at equal n only.
+- precision, recall (Kynkaanniemi et al. 2019, arXiv:1904.06991): the share of the samples that lie
+  in a ball of those train images, and the share of these that lie in a ball of the samples.
+- kernel distance (KID, Binkowski et al. 2018, arXiv:1801.01401): the unbiased squared MMD of samples
+  and those train images with the kernel (xy/64 + 1)^3. It has no bias for small n, and may be
+  negative by chance.
+- classes: the histogram of predicted classes, its entropy in nats and perplexity (10 when all
+  classes are as frequent), and its KL divergence from the frequencies of the train split, in nats.
 - label accuracy: where there are labels, the share of samples whose predicted class is their label.
-- floor: the same of min(n, test size) real test images. The distance is biased upwards, by about 1/n, so `ratio` is the
-  distance of as many samples over the floor's. 1: as good as new real images. Below: suspect copies of train images,
-  which score 0.5 (digits, mnist) and 0.8 (fashion_mnist) since the classifier has seen them.
+- floor: the same of min(n, test size) real test images. The distance is biased upwards, by about
+  1/n, so `ratio` is the distance of as many samples over the floor's. 1: as good as new real images.
+  Below: suspect copies of train images, which score 0.5 (digits, mnist) and 0.8 (fashion_mnist)
+  since the classifier has seen them.
+- with --cas, classification accuracy score (Ravuri & Vinyals 2019, arXiv:1905.10887): the accuracy
+  on real test images of a classifier trained on the samples and their labels, beside that of one
+  trained on as many real train images. It takes a minute or two.
+- with --nearest FILE.png, a picture of the samples that are closest to a train image. A sample is
+  memorised if its distance to the nearest one, pixel by pixel, is under a third of that to the second
+  (Yoon et al. 2023). At most 1,000 samples are looked at.
+- with --inception, the FID and KID of InceptionV3, which do compare with published ones. It needs
+  torch-fidelity and its weights; a CPU takes hours for a whole train split.
 
-stacked_mnist (three digits as the channels of one image, Metz et al. 2017, arXiv:1611.02163, sec. 3.3.1) has figures of its
-own: how many of the 1,000 triples of digits occur, as mnist's classifier sees each channel, and the KL divergence of the
-triples' frequencies from equal ones in nats. 26,000 samples are the custom. Also those of as many real stacked images.
+stacked_mnist (three digits as the channels of one image, Metz et al. 2017, arXiv:1611.02163, sec.
+3.3.1) has figures of its own: how many of the 1,000 triples of digits occur, as mnist's classifier
+sees each channel, and the KL divergence of the triples' frequencies from equal ones in nats. 26,000
+samples are the custom. Also those of as many real stacked images.
 
-The D=64 features are the last hidden layer, in float32; moments and distances are in float64. The train moments lie
-beside the weights in tools/classifiers/NAME.pt, whose SHA-256 is written below. They were made by
+The D=64 features are the last hidden layer, in float32; moments and distances are in float64. The
+train moments lie beside the weights in tools/classifiers/NAME.pt. These were made by
   python tools/evaluate.py --train-classifier --dataset NAME                 # seed 0, two CPU cores
-                 time     test accuracy   floor at the whole test split: frechet, density, coverage
+                 time     test accuracy   floor of the whole test split: frechet, density, coverage
   digits         11 s     100.00%         0.691, 0.969, 0.591 (n = 297)
   mnist          3 min    99.46%          0.0374, 0.993, 0.958 (n = 10,000)
   fashion_mnist  4 min    92.79%          0.0132, 0.999, 0.971 (n = 10,000)
-Numbers of two classifiers do not compare, and one trained on another machine differs in its last bits: the hashes
-change only when all published numbers are made anew.
+Numbers of two networks do not compare, and one trained on another machine differs in its last bits:
+the hashes in features.py change only when all published numbers are made anew.
 """
 
 import argparse
-import hashlib
-import io
 import json
+import math
+import os
 import sys
 import zipfile
 import zlib
@@ -40,172 +62,64 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts, from whatever directory this is run
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # from whatever directory this is run
 
-from diffusion import load_data
+from features import (
+    SHAPES,
+    Classifier,
+    D,
+    accuracy_of,
+    epochs_for,
+    features,
+    fit_classes,
+    inception_extractor,
+    inception_features,
+    inception_moments,
+    load_classifier,
+    nhwc,
+    own_network,
+    predict,
+    train_classifier,
+)
+from metrics import K, class_histogram, class_kl, frechet_distance, kernel_distance, manifold, moments, nearest_images, radii
 
-WEIGHTS = Path(__file__).resolve().parent / "classifiers"
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1)}  # H, W, C
-SHA256 = {
-    "digits": "ee169929eea868e1e0f829d8e1736558bcbad5869c2add6779a5754138df145e",
-    "mnist": "f35273575a0a63d4b8b586673e91f8dbbf7f39b6c9fc91ff4d5546a4bdf9e97a",
-    "fashion_mnist": "735f205be844595770a3eb1324481a7e0fff1f6d665aa1db5eb0a70df1291932",
-}
-D = 64  # dimension of the features
-K = 5  # neighbours that set the radius of a ball, as in the paper
+from diffusion import load_data, read_image, save_grid
+
 REFERENCE = 10_000  # train images with a ball, at most
-CHUNK = 100  # images, or rows of distances, in memory at once
+LOOKED_AT = 1_000  # samples whose nearest train images are looked for, at most
+SHOWN = 10  # of them in the picture
+OTHERS = "cifar10, a folder of images or a FILE.npz"
 
 
-# ---- the classifier ----
+# ---- figures that take more than features ----
 
 
-def block(c_in, c_out):
-    """(B,c_in,H,W) -> (B,c_out,H/2,W/2)"""
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2))
+def accuracy_score(images, labels, data):
+    """Classification accuracy score: train a classifier on images uint8 (N,H,W,C) and labels (N,), test on the test split."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = Classifier(images.shape[1:], len(data.names)).to(memory_format=torch.channels_last)
+        x = torch.as_tensor(images).permute(0, 3, 1, 2)
+        shift = max(x.shape[2] // 14, 1)
+        fit_classes(classifier, x, torch.as_tensor(labels).long(), epochs_for(len(x), 60_000), shift)
+    return accuracy_of(classifier, data)
 
 
-class Classifier(nn.Module):
-    """Three convolutions and two linear layers; `mean`, `cov` are the moments of the train split's features."""
-
-    def __init__(self, dataset):
-        super().__init__()
-        cells = (SHAPES[dataset][0] // 8) ** 2  # 1 of digits, 9 of 28x28
-        self.convolutions = nn.Sequential(block(1, 32), block(32, 64), block(64, 64))  # B 1 H W -> B 64 H/8 W/8
-        self.hidden = nn.Sequential(nn.Linear(64 * cells, D, bias=False), nn.BatchNorm1d(D), nn.ReLU())
-        self.head = nn.Linear(D, 10)
-        self.register_buffer("mean", torch.zeros(D, dtype=torch.float64))
-        self.register_buffer("cov", torch.zeros(D, D, dtype=torch.float64))
-
-    def forward(self, x):
-        """x: (B,1,H,W) in [0,1] -> features (B,D) >= 0"""
-        return self.hidden(self.convolutions(x.contiguous(memory_format=torch.channels_last)).flatten(1))
-
-
-def load_classifier(dataset):
-    """The committed classifier in eval mode; ValueError where its file is not the one this program was written with."""
-    path = WEIGHTS / f"{dataset}.pt"
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != SHA256[dataset]:
-        raise ValueError(f"{path} does not have the SHA-256 written in evaluate.py: its numbers would not compare")
-    classifier = Classifier(dataset)
-    classifier.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    return classifier.to(memory_format=torch.channels_last).eval()
-
-
-@torch.no_grad()
-def features(images, classifier):
-    """images: uint8 {0..255} (N,H,W,1), array or tensor -> float32 array (N,D)."""
-    chunks = torch.as_tensor(images).permute(0, 3, 1, 2).split(CHUNK)
-    return torch.cat([classifier(x.float() / 255) for x in chunks]).numpy()
-
-
-@torch.no_grad()
-def predict(f, classifier):
-    """f: features (N,D) -> predicted classes (N,)."""
-    return classifier.head(torch.as_tensor(f)).argmax(1).numpy()
-
-
-def augment(x, shift, flip):
-    """Each image of x (B,1,H,W) moved by up to `shift` pixels each way, and with `flip` mirrored by chance."""
-    B, _, H, W = x.shape
-    rows, cols = (torch.randint(2 * shift + 1, (B, 1)) + torch.arange(size) for size in (H, W))
-    if flip:
-        cols = torch.where(torch.rand(B, 1) < 0.5, cols, cols.flip(1))
-    x = F.pad(x, (shift,) * 4)
-    return x[torch.arange(B)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def train_classifier(dataset, data_dir="data"):
-    """Trains on the train split, writes tools/classifiers/NAME.pt, prints the test accuracy and the hash for SHA256."""
-    torch.manual_seed(0)
-    data = load_data(dataset, data_dir)
-    epochs, shift = {"digits": (30, 1), "mnist": (5, 2), "fashion_mnist": (6, 0)}[dataset]
-    classifier = Classifier(dataset).to(memory_format=torch.channels_last)
-    batches = -(-len(data.train) // 100)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * batches)
-    for epoch in range(1, epochs + 1):
-        total = 0.0
-        for i in torch.randperm(len(data.train)).split(100):
-            x = augment(data.train[i].float() / 255, shift, flip=dataset == "fashion_mnist")
-            loss = F.cross_entropy(classifier.head(classifier(x)), data.train_labels[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() / batches
-        print(f"epoch {epoch}/{epochs}  loss {total:.4f}", file=sys.stderr)
-    classifier.eval()
-    mean, cov = moments(features(nhwc(data.train), classifier))
-    classifier.mean.copy_(torch.from_numpy(mean))
-    classifier.cov.copy_(torch.from_numpy(cov))
-    correct = predict(features(nhwc(data.test), classifier), classifier) == data.test_labels.numpy()
-    WEIGHTS.mkdir(exist_ok=True)
-    path = WEIGHTS / f"{dataset}.pt"
-    torch.save({name: value.contiguous() for name, value in classifier.state_dict().items()}, path)
-    print(f"test accuracy {correct.mean():.2%} ({path})")
-    print(f'SHA256["{dataset}"] = "{hashlib.sha256(path.read_bytes()).hexdigest()}"')
-
-
-# ---- the metrics ----
-
-
-def moments(f):
-    """f: (N,D), N >= 2 -> mean (D,), unbiased covariance (D,D), float64."""
-    f = np.asarray(f, dtype=np.float64)
-    return f.mean(0), np.cov(f, rowvar=False)
-
-
-def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1-mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) (Dowson & Landau 1982), a float >= 0.
-
-    With S = cov1^1/2, the trace of (cov1 cov2)^1/2 is the sum of the roots of the eigenvalues of S cov2 S. This matrix
-    is symmetric and positive semi-definite, so singular covariances need no epsilon and nothing turns complex.
-    """
-    values, vectors = np.linalg.eigh(cov1)
-    S = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(S @ cov2 @ S).clip(0)).sum()
-    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross))
-
-
-def density_coverage(real, fake, k=K):
-    """Naeem et al. 2020, eq. 4 and 5: a ball round each of `real` (R,D) reaches to its k-th neighbour in `real`.
-
-    density (>= 0, about 1 when alike): how many balls hold a point of `fake` (N,D), on average, over k;
-    coverage (in [0,1]): the share of balls that hold at least one.
-    """
-    real, fake = (torch.as_tensor(x, dtype=torch.float64) for x in (real, fake))
-    if len(real) <= k:
-        raise ValueError(f"density and coverage need more than k={k} real images, not {len(real)}")
-    # by differences, since |a|^2 - 2ab + |b|^2 would blur the ties that copies of train images make
-    distances = partial(torch.cdist, x2=real, compute_mode="donot_use_mm_for_euclid_dist")
-    radius = torch.cat([distances(x).kthvalue(k + 1).values for x in real.split(CHUNK)])  # k + 1: itself is at 0
-    inside, covered = 0, torch.zeros(len(real), dtype=torch.bool)
-    for x in fake.split(CHUNK):
-        hit = distances(x) < radius  # (CHUNK,R)
-        inside += int(hit.sum())
-        covered |= hit.any(0)
-    return inside / (k * len(fake)), float(covered.double().mean())
-
-
-def class_histogram(predicted):
-    """predicted: (N,) in {0..9} -> counts (list of 10), entropy in nats in [0, log 10], its exponential in [1,10]."""
-    counts = np.bincount(predicted, minlength=10)
-    p = counts[counts > 0] / counts.sum()
-    entropy = max(0.0, float(-(p * np.log(p)).sum()))
-    return counts.tolist(), entropy, float(np.exp(entropy))
+def show_nearest(images, train, path):
+    """Write the picture of --nearest -> how many samples were looked at, the share that is memorised, the least ratio."""
+    x = torch.as_tensor(images)[subset(len(images), LOOKED_AT)].permute(0, 3, 1, 2)
+    d, where = nearest_images(x, train)
+    ratio = torch.where(d[:, 0] == 0, 0.0, d[:, 0] / d[:, 1])  # of a copy of an image that is there twice too
+    rows = [torch.cat([x[i][None], train[where[i]]]) for i in ratio.argsort()[:SHOWN]]
+    grid = torch.cat(rows)
+    save_grid(grid, path, len(rows[0]))
+    return {"n": len(x), "memorised": float((ratio < 1 / 3).double().mean()), "least_ratio": float(ratio.min())}
 
 
 # ---- the evaluation ----
-
-
-def nhwc(x):
-    return x.permute(0, 2, 3, 1)
 
 
 def subset(n, m):
@@ -213,22 +127,20 @@ def subset(n, m):
     return np.random.RandomState(0).permutation(n)[:m]
 
 
-def check(images, dataset, labels):
+def check(images, dataset, shape, classes, labels):
     """ValueError, in words for the user, unless the arrays are what the docstring of this file asks for."""
-    if dataset not in SHAPES:
-        raise ValueError(f"unknown dataset {dataset!r} (choose from {', '.join(SHAPES)})")
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
-    if images.shape[1:] != SHAPES[dataset]:
-        wanted = ",".join(map(str, SHAPES[dataset]))
+    if images.shape[1:] != shape:
+        wanted = ",".join(map(str, shape))
         raise ValueError(f"images for {dataset} must have shape (N,{wanted}), not {images.shape}")
     if len(images) < 2:
         raise ValueError(f"a covariance needs at least 2 images, not {len(images)}")
-    if labels is not None:
+    if labels is not None and classes:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
             raise ValueError(f"labels must be {len(images)} integers, not {labels.dtype} of shape {labels.shape}")
-        if labels.min() < 0 or labels.max() > 9:
-            raise ValueError(f"labels must be in 0..9, not {labels.min()}..{labels.max()}")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels must be in 0..{classes - 1}, not {labels.min()}..{labels.max()}")
 
 
 def distance_to_train(f, classifier):
@@ -236,31 +148,69 @@ def distance_to_train(f, classifier):
     return frechet_distance(*moments(f), classifier.mean.numpy(), classifier.cov.numpy())
 
 
-def measure(f, classifier, reference, labels=None):
-    """f: features (N,D), reference: features (R,D) -> dict of the metrics of this set."""
-    predicted = predict(f, classifier)
+def measure(f, classifier, reference, radius, train_counts, labels=None):
+    """f: features (N,D), reference: features (R,D) and the radii of their balls -> dict of the metrics of this set."""
+    found = manifold(reference, f, radius=radius)
     result = {"n": len(f), "frechet": distance_to_train(f, classifier)}
-    result["density"], result["coverage"] = density_coverage(reference, f)
-    result["class_counts"], result["class_entropy"], result["class_perplexity"] = class_histogram(predicted)
-    result["label_accuracy"] = None if labels is None else float((predicted == labels).mean())
-    return result
+    result |= {name: found[name] for name in ("density", "coverage")}
+    result |= dict.fromkeys(("class_counts", "class_entropy", "class_perplexity", "label_accuracy", "class_kl"))
+    if classifier.classes:
+        predicted = predict(f, classifier)
+        histogram = class_histogram(predicted, classifier.classes)
+        result["class_counts"], result["class_entropy"], result["class_perplexity"] = histogram
+        result["label_accuracy"] = None if labels is None else float((predicted == labels).mean())
+        kl = class_kl(histogram[0], train_counts)
+        result["class_kl"] = kl if math.isfinite(kl) else None  # a class that the train split does not have
+    return result | {name: found[name] for name in ("precision", "recall")} | {"kernel_distance": kernel_distance(f, reference)}
 
 
-def evaluate(images, dataset, data_dir="data", labels=None):
-    """images: uint8 (N,H,W,C), labels: integers (N,) or None -> dict of plain values, as --json prints it."""
+def known(dataset):
+    return dataset in (*SHAPES, "cifar10") or Path(dataset).is_dir() or dataset.endswith(".npz") and Path(dataset).is_file()
+
+
+def evaluate(images, dataset, data_dir="data", labels=None, image_size=0, cas=False, nearest=None, inception=False):
+    """images: uint8 (N,H,W,C) or a folder, labels: integers (N,) or None -> dict of plain values, as --json prints it."""
+    if not known(dataset):
+        raise ValueError(f"unknown dataset {dataset!r} (choose from {', '.join(SHAPES)}, {OTHERS})")
+    committed = dataset in SHAPES and image_size in (0, SHAPES[dataset][0])
+    data = None if committed else load_data(dataset, data_dir, image_size)
+    shape = SHAPES[dataset] if committed else tuple(nhwc(data.train).shape[1:])
+    names = tuple("0123456789") if committed else data.names
+    if isinstance(images, Path):
+        images, labels = read_folder(images, shape, names)
     images, labels = np.asarray(images, order="C"), None if labels is None else np.asarray(labels)
-    check(images, dataset, labels)
-    classifier = load_classifier(dataset)
-    data = load_data(dataset, data_dir)
+    check(images, dataset, shape, len(names), labels)
+    if cas and (labels is None or not names):
+        raise ValueError("--cas needs samples with labels, of data with classes")
+    if inception:
+        inception = inception_extractor()
+    classifier = load_classifier(dataset) if committed else own_network(dataset, data, data_dir)
+    data = data or load_data(dataset, data_dir)
     f = features(images, classifier)
-    reference = features(nhwc(data.train)[subset(len(data.train), REFERENCE)], classifier)
+    chosen = nhwc(data.train)[subset(len(data.train), REFERENCE)]
+    reference = torch.as_tensor(features(chosen, classifier), dtype=torch.float64)
+    if len(reference) <= K:
+        raise ValueError(f"density and coverage need more than k={K} train images, not {len(reference)}")
+    train_counts = np.bincount(data.train_labels, minlength=len(names))
+    measured = partial(measure, classifier=classifier, reference=reference, radius=radii(reference), train_counts=train_counts)
     m = min(len(f), len(data.test))
     rows = subset(len(data.test), m)
-    floor = measure(features(nhwc(data.test)[rows], classifier), classifier, reference, data.test_labels[rows].numpy())
-    result = {"dataset": dataset, "reference_points": len(reference), **measure(f, classifier, reference, labels)}
+    floor = measured(features(nhwc(data.test)[rows], classifier), labels=data.test_labels[rows].numpy())
+    result = {"dataset": dataset, "reference_points": len(reference), **measured(f, labels=labels)}
     result["frechet_at_floor_n"] = distance_to_train(f[subset(len(f), m)], classifier)
-    result["ratio"] = result["frechet_at_floor_n"] / floor["frechet"]
-    return {**result, "floor": floor}
+    result["ratio"] = result["frechet_at_floor_n"] / floor["frechet"] if floor["frechet"] else None
+    result |= {"floor": floor, "features": classifier.note}
+    if cas:
+        i = subset(len(data.train), len(images))
+        real = accuracy_score(nhwc(data.train)[i].numpy(), data.train_labels[i], data)
+        result["cas"] = {"samples": accuracy_score(images, labels, data), "real": real, "real_images": len(i)}
+    if nearest:
+        result["nearest"] = show_nearest(images, data.train, nearest)
+    if inception:
+        mean, cov = inception_moments(data, *inception, data_dir)
+        f, real = (inception_features(x, inception[0]) for x in (images, chosen))
+        result["inception"] = {"fid": frechet_distance(*moments(f), mean, cov), "kid": kernel_distance(f, real)}
+    return result
 
 
 def modes(images, classifier):
@@ -285,17 +235,33 @@ def report(result):
     if result["dataset"] == "stacked_mnist":
         return "\n".join(f"{name}, n = {row['n']:,}: {row['modes']} of 1000 modes, KL {row['kl']:.4f} nats"
                          for name, row in (("samples", result), ("floor: real stacks", result["floor"])))
-    lines = [f"{result['dataset']} train split; density and coverage: {result['reference_points']:,} images of it"]
+    lines = [f"{result['dataset']} train split; density and coverage: {result['reference_points']:,} images of it",
+             f"features: {result['features']}"]
     for name, row in (("samples", result), ("floor: real test images", result["floor"])):
         accuracy = row["label_accuracy"]
+        recall = "unknown" if row["recall"] is None else f"{row['recall']:.4f}"
         lines += [
             f"{name}, n = {row['n']:,}" + ("" if accuracy is None else f", label accuracy {accuracy:.4f}"),
             f"  frechet {row['frechet']:.4g}, density {row['density']:.4f}, coverage {row['coverage']:.4f}",
-            f"  classes {' '.join(map(str, row['class_counts']))}, "
-            f"entropy {row['class_entropy']:.3f}, perplexity {row['class_perplexity']:.2f}",
+            f"  kernel distance {row['kernel_distance']:.4g}, precision {row['precision']:.4f}, recall {recall}",
         ]
-    m, distance = result["floor"]["n"], result["frechet_at_floor_n"]
-    return "\n".join([*lines, f"ratio {result['ratio']:.2f} = {distance:.4g} of {m:,} samples / floor"])
+        if row["class_counts"]:
+            kl = "infinite" if row["class_kl"] is None else f"{row['class_kl']:.4f}"
+            lines += [
+                f"  classes {' '.join(map(str, row['class_counts'][:20]))}{' ...' * (len(row['class_counts']) > 20)}, "
+                f"entropy {row['class_entropy']:.3f}, perplexity {row['class_perplexity']:.2f}",
+                f"  KL of the classes from the train split's {kl} nats",
+            ]
+    if score := result.get("cas"):
+        lines.append(f"classification accuracy score {score['samples']:.4f}; of {score['real_images']:,} real images "
+                     f"{score['real']:.4f}")
+    if found := result.get("nearest"):
+        lines.append(f"memorised: {found['memorised']:.2%} of {found['n']:,} samples; least ratio of the distances to the "
+                     f"nearest and the second train image {found['least_ratio']:.3f}")
+    if found := result.get("inception"):
+        lines.append(f"InceptionV3: FID {found['fid']:.4g}, KID {found['kid']:.4g}")
+    ratio = "" if result["ratio"] is None else f"ratio {result['ratio']:.2f} = "
+    return "\n".join([*lines, f"{ratio}{result['frechet_at_floor_n']:.4g} of {result['floor']['n']:,} samples / floor"])
 
 
 # ---- the command line ----
@@ -317,6 +283,55 @@ def read_samples(path):
     return arrays["images"], arrays.get("labels")
 
 
+def image_files(folder):
+    """The image files in a folder at any depth, in the order of their names; hidden ones do not count."""
+    known = Image.registered_extensions()
+    found = sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    return [path for path in found if path.suffix.lower() in known]
+
+
+def read_folder(folder, shape, names):
+    """A folder of images -> uint8 (N,H,W,C) of this shape, and labels (N,) where each lies in a folder named like a class."""
+    H, W, C = shape
+    files = image_files(folder)
+    images = np.empty((len(files), H, W, C), np.uint8)
+    for i, path in enumerate(files):
+        try:
+            images[i] = np.atleast_3d(read_image(path, (W, H)).convert("L" if C == 1 else "RGB"))
+        except Exception as error:  # whatever a decoder raises
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    folders = [path.relative_to(folder).parts[0] for path in files]
+    labels = np.array([names.index(name) for name in folders]) if set(folders) <= set(names) else None
+    return images, labels
+
+
+def read_config(folder):
+    """The settings of the run in a folder, or of the run whose sampled/ it is; {} where it is neither."""
+    for path in (folder / "config.json", folder.parent / "config.json"):
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text())
+                kinds = {"dataset": str, "image_size": int, "data_dir": str}
+                return {name: kind(config[name]) for name, kind in kinds.items()}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not that of a run: {error!r}") from error
+    return {}
+
+
+def find_samples(path):
+    """What the command line names -> images (an array or a folder of files), labels or None, settings of the run or {}."""
+    if not path.is_dir():
+        return *read_samples(path), {}
+    config = read_config(path)
+    if (path / "samples.npz").is_file():
+        return *read_samples(path / "samples.npz"), config
+    if config:
+        raise ValueError(f"no file {path / 'samples.npz'}; --mode sample makes one in {path / 'sampled'}")
+    if not image_files(path):
+        raise ValueError(f"no file samples.npz and no image in {path}")
+    return path, None, {}
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
 
@@ -326,31 +341,47 @@ def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("samples", nargs="?", type=Path, metavar="SAMPLES.npz")
-    parser.add_argument("--dataset", required=True, choices=[*SHAPES, "stacked_mnist"])
-    parser.add_argument("--data-dir", default="data", help="where mnist and fashion_mnist lie or go [data]")
+    parser.add_argument("samples", nargs="?", type=Path, metavar="SAMPLES.npz", help="or a run, or a folder of images")
+    parser.add_argument("--dataset", help=f"{', '.join(SHAPES)}, stacked_mnist, {OTHERS}; of a run its own")
+    parser.add_argument("--data-dir", help="where data sets and trained networks lie or go; of a run its own [data]")
+    parser.add_argument("--image-size", type=int, help="pixels a side that the data is resized to; of a run its own [0: none]")
     parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object")
+    parser.add_argument("--cas", action="store_true", help="classification accuracy score too: a minute or two")
+    parser.add_argument("--nearest", type=Path, metavar="FILE.png", help="draw the samples closest to train images, and these")
+    parser.add_argument("--inception", action="store_true", help="FID and KID of InceptionV3 too, by torch-fidelity")
     parser.add_argument("--train-classifier", action="store_true", help="remake tools/classifiers/NAME.pt instead")
     try:
         args = parser.parse_args(argv)
+        if args.dataset and args.dataset != "stacked_mnist" and not known(args.dataset):
+            choices = f"{', '.join(SHAPES)}, stacked_mnist, {OTHERS}"
+            fail(f"argument --dataset: invalid choice: {args.dataset!r} (choose from {choices})")
         if args.train_classifier and args.dataset not in SHAPES:
-            fail(f"--train-classifier: {args.dataset} is seen by mnist's classifier")
+            fail(f"--train-classifier: one of {', '.join(SHAPES)}, not {args.dataset}")
         if args.train_classifier:
-            train_classifier(args.dataset, args.data_dir)
+            train_classifier(args.dataset, args.data_dir or "data")
             return 0
         if args.samples is None:
             fail("the following arguments are required: SAMPLES.npz")
-        images, labels = read_samples(args.samples)
-        if args.dataset == "stacked_mnist":
-            print((json.dumps if args.json else report)(evaluate_stacked(images, args.data_dir)))
+        images, labels, config = find_samples(args.samples)
+        dataset = args.dataset or config.get("dataset") or fail("the following arguments are required: --dataset")
+        size = args.image_size
+        if size is None:
+            size = config.get("image_size", 0) if dataset == config.get("dataset") else 0
+        if not 0 <= size <= 4096:
+            fail(f"--image-size {size}: must be from 0 to 4096")
+        data_dir = args.data_dir or config.get("data_dir", "data")
+        if dataset == "stacked_mnist":
+            if args.cas or args.nearest or args.inception:
+                fail("stacked_mnist: takes neither --cas, --nearest nor --inception")
+            print((json.dumps if args.json else report)(evaluate_stacked(images, data_dir)))
             return 0
-        result = evaluate(images, args.dataset, args.data_dir, labels)
+        result = evaluate(images, dataset, data_dir, labels, size, args.cas, args.nearest, args.inception)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if len(images) <= D:
+    if result["n"] <= D:
         why = "the covariance is singular and the distance strongly biased"
-        print(f"warning: {len(images)} images for {D} features: {why}", file=sys.stderr)
+        print(f"warning: {result['n']} images for {D} features: {why}", file=sys.stderr)
     print(json.dumps(result) if args.json else report(result))
     return 0
 

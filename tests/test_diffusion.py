@@ -731,6 +731,14 @@ def test_an_odd_size_is_a_whole_one_that_is_cropped():
     assert_close(net(x, t, y), whole[..., :5, :7], rtol=1e-4, atol=1e-4)
 
 
+def test_groups_are_normalised_and_bent():
+    """8 groups where the channels allow it, with PyTorch's own epsilon: that of small numbers shows it."""
+    for channels, groups in ((32, 8), (12, 4), (9, 1)):
+        norm, x = diffusion.GroupNormSiLU(channels), 1e-2 * torch.randn(2, channels, 3, 3)
+        want = torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups))
+        assert_close(norm(x), want, rtol=1e-4, atol=1e-5)
+
+
 def test_all_of_a_branch_is_dropped():
     """At a rate of 1 a residual block adds its last bias alone."""
     block, x = diffusion.ResBlock(4, 4, 8, 1.0).train(), torch.randn(2, 4, 3, 3)

@@ -258,6 +258,14 @@ def test_what_codes_begin_as():
     assert q.frozen.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
 
 
+def test_groups_are_normalised_and_bent():
+    """Of at least 8 channels each, with PyTorch's own epsilon: that of small numbers shows it."""
+    for channels, groups in ((4, 1), (8, 1), (48, 6), (20, 2)):
+        norm, x = vqgan.GroupNormSiLU(channels), 1e-2 * torch.randn(2, channels, 3, 3)
+        want = torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups))
+        assert_close(norm(x), want, rtol=1e-4, atol=1e-5)
+
+
 def test_all_of_a_branch_is_dropped():
     """At a rate of 1 a block of the transformer adds nothing."""
     block, x = vqgan.TransformerBlock(8, 2, 1.0).train(), torch.randn(2, 5, 8)

@@ -157,7 +157,7 @@ def test_every_command_is_taken(page, program, argv, monkeypatch, tmp_path, caps
     if rest:
         assert "parse_known_args" in text_of(program), f"{page}: {program} has no {rest}"
         for name in [word for word in argv if f"{word}.py" in sync.SCRIPTS] or ["gan"]:
-            importlib.import_module(name).parse_args([*rest, "--overwrite", "--out", str(tmp_path)])
+            importlib.import_module(name).parse_args([*rest, "--overwrite", "--out", str(tmp_path / name)])
 
 
 def test_flags_that_do_not_exist_are_seen(monkeypatch, tmp_path, capsys):

@@ -1015,6 +1015,6 @@ def test_short_training_on_digits(tmp_path):
     tune = ["--consistency", "--init", str(tmp_path / "run"), "--out", str(tmp_path / "fast")]
     diffusion.main([*tune, "--steps", "300", "--num-samples", "297", "--mode", "train", "--elbo-samples", "1"])
     tuned = evaluate(np.load(tmp_path / "fast" / "samples.npz")["images"], "digits")
-    diffusion.main(["--mode", "sample", "--out", str(tmp_path / "run"), "--nfe", "4", "--num-samples", "297"])
+    diffusion.main(["--mode", "sample", "--out", str(tmp_path / "run"), "--nfe", "2", "--num-samples", "297"])
     untuned = evaluate(np.load(tmp_path / "run" / "sampled" / "samples.npz")["images"], "digits")
-    assert tuned["frechet"] < min(2.5, untuned["frechet"] / 2), (tuned, untuned)  # two evaluations against four
+    assert tuned["frechet"] < min(1.5, untuned["frechet"] / 2), (tuned, untuned)  # both with two evaluations

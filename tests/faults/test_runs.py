@@ -1578,7 +1578,7 @@ def numbers(module):
         kinds = {field.type, *get_args(field.type)} & {int, float}
         if kinds:
             kind, flag = kinds.pop(), "--" + field.name.replace("_", "-")
-            bound = re.search(r"\((>=? )?([\d.]+)(?: to ([\d.]+))?\)", comments[field.name])
+            bound = re.search(r"\((>=? )?(-?[\d.]+)(?: to ([\d.]+))?\)", comments[field.name])
             assert bound, f"{flag} has no bound"
             low, high = float(bound[2]), float(bound[3] or (2**31 - 1 if kind is int else torch.finfo(torch.float32).max))
             if bound[1] == "> ":
@@ -1599,7 +1599,7 @@ def test_numbers_beyond_their_bounds(module, capsys, monkeypatch, no_training, t
             out, err = capsys.readouterr()
             assert out == "" and flag in error_line(err)
         if several:
-            for values in ([high, 2**63], [low, -1], [2**64, low], [low, "nan"], []):
+            for values in ([high, 2**63], [low, low - 1], [2**64, low], [low, "nan"], []):
                 assert tiny.run(module, [flag, *values]) == 2, f"{flag} {values}"
                 assert flag in error_line(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())

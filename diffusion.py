@@ -14,7 +14,7 @@ Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Ni
   training loss ....................... METHODS, loss         DDPM eq. 14
   DDPM, DDIM, DPM-Solver++(2M), Heun .. sample                DDPM eq. 7, DDIM eq. 12, DPM alg. 2
   consistency tuning .................. consistency_loss      Song & Dhariwal 2023 eq. 7
-  evidence lower bound, three terms ... elbo                  VDM eqs. 11 and 18
+  evidence lower bound, three terms ... elbo                  VDM eqs. 11 and 17
 
   python diffusion.py                                         # digits, needs no network
   python diffusion.py --dataset mnist --minutes 10            # MNIST on two CPU cores
@@ -321,7 +321,7 @@ def elbo(model, x, y, cfg, histogram, generator=None):
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
     place = (offset + torch.arange(len(x)) / len(x)) % 1  # (B,)
     diffusion = 0
-    for k in range(K):  # all levels' KLs together are 1/2 int SNR E|x - x_hat|^2 d lambda, VDM eq. 18 with SNR = exp(lambda)
+    for k in range(K):  # all levels' KLs: 1/2 int E|eps - eps_hat|^2 d lambda, VDM eq. 17, which is SNR |x - x_hat|^2 within
         logsnr = MIN_LOGSNR + span * (k + place) / K
         t = time_of(logsnr, cfg)
         eps = torch.randn(data.shape, generator=generator).to(data)

@@ -459,9 +459,7 @@ def train(data, cfg, run):
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)):
         x, _ = run.batch(data)
-        rise = (step + 1) / (cfg.warmup + 1)
-        fall = (cfg.decay / (step + 1)) ** 0.5
-        lr = cfg.lr * min(1, rise, fall)
+        lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizer.param_groups[0]["lr"] = lr
         kl_weight = cfg.beta * min(1, (step + 1) / (cfg.kl_warmup + 1))
         with run.autocast():

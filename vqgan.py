@@ -648,7 +648,6 @@ def train(data, cfg, run):
             run.update(terms["loss_d"], D, optimizer_d)
         update_ema(ema_model, model, step, cfg.ema)
         run.log(loss=loss, **terms, grad_norm=norm, lr=lr)
-
     if run.over:
         return
 

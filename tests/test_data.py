@@ -658,14 +658,14 @@ def test_a_stop_signal_ends_the_reading(tmp_path, monkeypatch, capsys):
         begun.append(path)
         if len(begun) == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.02)
+        time.sleep(0.02 if len(begun) < 5 else 1)  # the signal has time to arrive, on a crowded machine too
         return Image.new("L", (2, 2))
 
     monkeypatch.setattr(p, "read_image", read)
     with tiny.handlers_kept():
         code = tiny.run(p, tiny.flags(SCRIPTS[0], tmp_path / "run", "--dataset", tmp_path / "images"))
     assert code == 128 + signal.SIGINT and "stopped by SIGINT" in capsys.readouterr().err
-    assert 5 <= len(begun) < 200 and not (tmp_path / "run").exists()
+    assert 5 <= len(begun) < 100 and not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------- large photographs

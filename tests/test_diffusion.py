@@ -512,15 +512,15 @@ def test_elbo_is_the_same_whatever_is_predicted():
 
 
 def test_each_term_of_the_bound_in_closed_form(monkeypatch):
-    """For a network that is wrong by 0.001 in every eps: prior and diffusion as numbers, however small they are beside the sum,
+    """For a network that is wrong by 0.005 in every eps: prior and diffusion as numbers, however small beside the sum,
     reconstruction as minus the log-probability of x under the noise of its own log SNR."""
     cfg, seen = config(decoder_logsnr=5.0, elbo_samples=3), []
-    x = torch.randint(30, 220, (6, 2, 3, 4), dtype=torch.uint8)
+    x = torch.randint(110, 146, (6, 2, 3, 4), dtype=torch.uint8)  # in [-1,1] with the error too
     data = x / 127.5 - 1
 
     def wrong(model, x_t, t, y, cfg):
         level = level_at(t, cfg, data)
-        return data - 0.001 * level.sigma / level.alpha
+        return data - 0.005 * level.sigma / level.alpha
 
     monkeypatch.setattr(diffusion, "denoise", wrong)
     monkeypatch.setattr(diffusion, "decoder_log_prob", lambda *args: seen.append(args) or torch.full(args[0].shape, -0.25))
@@ -529,7 +529,7 @@ def test_each_term_of_the_bound_in_closed_form(monkeypatch):
     one = torch.ones(6)
     # KL(N(a x, s^2) || N(0, s^2)) = (a / s)^2 x^2 / 2, at log SNR -10
     assert_close(terms["prior"], math.exp(-10) * data.square().mean((1, 2, 3)) / 2 / math.log(2))
-    assert_close(terms["diffusion"], 0.5 * 15 * 0.001**2 / math.log(2) * one, rtol=1e-2, atol=0)
+    assert_close(terms["diffusion"], 0.5 * 15 * 0.005**2 / math.log(2) * one, rtol=1e-3, atol=0)
     assert_close(terms["reconstruction"], 0.25 / math.log(2) * one)
     assert_close(terms["bpd"], terms["prior"] + terms["diffusion"] + terms["reconstruction"])
     ((images, x_seen, logsnr, given),) = seen
@@ -1015,6 +1015,6 @@ def test_short_training_on_digits(tmp_path):
     tune = ["--consistency", "--init", str(tmp_path / "run"), "--out", str(tmp_path / "fast")]
     diffusion.main([*tune, "--steps", "300", "--num-samples", "297", "--mode", "train", "--elbo-samples", "1"])
     tuned = evaluate(np.load(tmp_path / "fast" / "samples.npz")["images"], "digits")
-    diffusion.main(["--mode", "sample", "--out", str(tmp_path / "run"), "--nfe", "2", "--num-samples", "297"])
+    diffusion.main(["--mode", "sample", "--out", str(tmp_path / "run"), "--nfe", "4", "--num-samples", "297"])
     untuned = evaluate(np.load(tmp_path / "run" / "sampled" / "samples.npz")["images"], "digits")
-    assert tuned["frechet"] < min(1.5, untuned["frechet"] / 2), (tuned, untuned)  # both with two evaluations
+    assert tuned["frechet"] < min(1.0, 0.8 * untuned["frechet"]), (tuned, untuned)  # two evaluations against four

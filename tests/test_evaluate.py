@@ -615,18 +615,23 @@ def test_accuracy_score(digits, tmp_path, monkeypatch, capsys, save):
     check_error(capsys, [save(images=images[:100]), "--dataset", "digits", "--cas"], "--cas needs samples with labels")
 
 
+def put_in_place_of_fidelity(network, monkeypatch, folder):
+    """torch-fidelity with this class in place of InceptionV3; its weights are looked for in the folder."""
+    fake = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    fake.URL_INCEPTION_V3 = "https://example.org/weights.pth"
+    fake.FeatureExtractorInceptionV3 = network
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+
+
 def test_inception_where_it_is_missing(digits, save, monkeypatch, capsys, tmp_path):
     """One line and exit code 2, without the package and without its weights; nothing is computed before."""
     path = save(images=digits[0])
     monkeypatch.setattr(tool, "features", lambda *args: pytest.fail("computed"))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     check_error(capsys, [path, "--dataset", "digits", "--inception"], "pip install torch-fidelity")
-    fake = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    fake.URL_INCEPTION_V3 = "https://example.org/weights.pth"
-    fake.FeatureExtractorInceptionV3 = None
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    put_in_place_of_fidelity(None, monkeypatch, tmp_path)
     check_error(capsys, [path, "--dataset", "digits", "--inception"], "weights.pth, from https://example.org")
 
 
@@ -643,12 +648,7 @@ def test_inception_figures(digits, save, monkeypatch, capsys, tmp_path):
             assert x.dtype == torch.uint8 and x.shape[1] == 3 and (x[:, 0] == x[:, 2]).all()
             return (x[:, 1].flatten(1).float() @ self.weight,)
 
-    fake = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    fake.URL_INCEPTION_V3 = "https://example.org/weights.pth"
-    fake.FeatureExtractorInceptionV3 = Extractor
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    put_in_place_of_fidelity(Extractor, monkeypatch, tmp_path)
     weight = torch.randn(64, 7, generator=torch.Generator().manual_seed(0)) / 100
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(weight, tmp_path / "hub" / "checkpoints" / "weights.pth")

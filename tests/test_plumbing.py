@@ -343,14 +343,14 @@ def test_every_number_has_bounds_and_what_lies_outside_is_refused(module, elsewh
         above = [high + 1] if kind is int else [math.nextafter(high, math.inf), 2 * high, 1e308, math.inf, math.nan, -math.inf]
         below = [low - 1] + [low] * (not included)
         for value in [*above, *below]:
-            if many > 0 and value == -math.inf:  # where several values follow, -inf looks like a flag
-                continue
             argv = [flag(field), *[str(kind(value))] * many] if many > 0 else [f"{flag(field)}={kind(value)}"]
             with pytest.raises(SystemExit) as e:
                 module.parse_args(argv)
             assert e.value.code == 2
             line = error_line(capsys.readouterr().err)
-            assert flag(field) in line and "must be" in line and comments(module)[field.name][0] in line
+            assert flag(field) in line
+            if not (many > 0 and value == -math.inf):  # which looks like a flag where several values follow
+                assert "must be" in line and comments(module)[field.name][0] in line
         for value in [high, min(low + 1, high)] + [low] * included:
             got = parse(module, field, str(kind(value)))
             assert set(got if isinstance(got, tuple) else (got,)) == {kind(value)}

@@ -1,7 +1,9 @@
 """tools/scoreboard.py: a tiny scoreboard end to end, what is kept and what is made anew, other processes, page; record.py."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -287,6 +289,36 @@ def test_a_record_of_a_tiny_run(tmp_path, capsys, monkeypatch):
     assert record.main(argv) == 0, capsys.readouterr().err
     final = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][-1]
     assert f" | {final['test_bpd']:.4g} | " in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_record_that_is_stopped_ends_its_training(number, tmp_path):
+    """The script saves and ends: nothing goes on behind the back of who stopped it."""
+    out = tmp_path / "run"
+    argv = ["gan", "--target", "distance", "0.001", "--dataset", "digits", "--width", "4", "--log-every", "1", "--out", out]
+    program = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "record.py", *argv], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # nohup ignores it
+    while program.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    program.send_signal(number)
+    program.communicate(timeout=300)
+    assert program.returncode == 128 + number
+    assert "stopped by SIGTERM" in (tmp_path / "run.log").read_text() and (out / "checkpoint.pt").exists()
+
+
+def test_a_likelihood_is_found_without_samples(tmp_path, monkeypatch):
+    """10,000 of them may take longer than the training."""
+    drawn = []
+
+    def run(command, log, watch):
+        drawn.append(command[command.index("--num-samples") + 1])
+
+    monkeypatch.setattr(record, "run_command", run)
+    monkeypatch.setattr(record, "figure_of", lambda args: (0.5, 1.0))
+    for name in ("bpd", "nats", "distance"):
+        assert record.main(["flow", "--target", name, "1", "--dataset", "digits", "--out", str(tmp_path / "run")]) == 0
+    assert drawn == [1, 1, 10_000]
 
 
 @pytest.mark.parametrize("argv, message", [(["distance", "x"], "--target distance x"), (["fid", "1"], "--target fid 1"),

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # from whatever directory this 
 
 from evaluate import evaluate, read_samples
 from features import SHAPES
-from scoreboard import Problem, Watch, commit, likelihood, processor, read_json, run_command
+from scoreboard import Problem, Watch, commit, leave_at_sigterm, likelihood, processor, read_json, run_command
 from sync import SCRIPTS
 
 TARGETS = ("distance", "bpd", "nats")
@@ -44,12 +44,13 @@ def search(args, flags):
     """Train until the target is met -> the row of docs/records.md; Problem where --minutes are over before."""
     name, target = args.target[0], float(args.target[1])
     watch = Watch()
+    num_samples = args.num_samples if name == "distance" else 1  # a likelihood needs none, and they may take long
     looks = 0
     while looks * args.every < args.minutes:
         looks += 1
         minutes = min(looks * args.every, args.minutes)
         command = [sys.executable, ROOT / f"{args.script}.py", "--dataset", args.dataset, "--data-dir", args.data_dir,
-                   "--minutes", minutes, "--num-samples", args.num_samples, "--out", args.out, *flags]
+                   "--minutes", minutes, "--num-samples", num_samples, "--out", args.out, *flags]
         run_command([*command, "--resume" if looks > 1 else "--overwrite"], args.out.with_name(f"{args.out.name}.log"), watch)
         figure, trained = figure_of(args)
         print(f"{trained:.2f} minutes: {name} {figure:.4g}", flush=True)
@@ -96,6 +97,9 @@ def main(argv=None):
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         print(search(args, flags))
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        return 130
     except (Problem, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -103,4 +107,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    leave_at_sigterm()
     sys.exit(main())

@@ -187,6 +187,11 @@ def run_command(command, log, watch):
     return peak
 
 
+def leave_at_sigterm():
+    """SIGTERM ends this program as an exception does, so run_command ends the script that it runs."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 # ---- one row
 
 
@@ -596,5 +601,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended, too
+    leave_at_sigterm()
     sys.exit(main())

@@ -27,7 +27,8 @@ from sync import SCRIPTS
 ABOUT = ("format", "script", "config", "facts", "step", "seconds")
 ALSO = {"gan": ["discriminator"]}  # what load() reads besides the averages
 # settings of the training's machine or command
-DEFAULT = ("data_dir", "device", "compile", "kernels", "out", "init", "mode", "resume", "overwrite", "eval_images")
+DEFAULT = ("data_dir", "device", "compile", "kernels", "out", "init", "mode", "resume", "overwrite", "num_samples",
+           "eval_images")
 
 
 def script_of(folder):

@@ -42,7 +42,7 @@ def test_one_killed_ends_the_others(name, world, victim, tmp_path):
     argv = flags(name, out, "--steps", 6)
     children = tiny.start_ranks(tmp_path / "killed", world, killed_in_step_5, name, argv, victim)
     for rank, child in enumerate(children):
-        assert child.join() == (-signal.SIGKILL if rank == victim else 1), child.stderr
+        assert child.join(120) == (-signal.SIGKILL if rank == victim else 1), child.stderr
         if rank != victim:
             assert f"another process cannot be reached; --resume continues {out}" in error_line(child.stderr)
     assert load_checkpoint(out)["step"] == 4

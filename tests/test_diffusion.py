@@ -453,10 +453,60 @@ def test_consistency_samples_are_of_the_datas_distribution(schedule, nfe):
 # ---- likelihood
 
 
+def everywhere(histogram):
+    """What count_pixels gives of pixels that do not depend on their neighbours."""
+    return histogram.expand(diffusion.CONTEXTS, 256)
+
+
+def test_context_is_the_mean_of_the_four_neighbours():
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 0.6
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    for b, c, i, j in np.ndindex(*x.shape):
+        around = [padded[b, c, i + di, j + dj] for di, dj in ((0, 1), (2, 1), (1, 0), (1, 2))]
+        want = min(max(math.floor((np.mean(around) + 1) * 16), 0), 31)
+        assert diffusion.context(x)[b, c, i, j] == want
+    ends = diffusion.context(torch.tensor([[-30.0, -1.0, -0.9376, 0.0, 0.9376, 1.0, 30.0]]).view(7, 1, 1, 1)).flatten()
+    assert ends.tolist() == [0, 0, 0, 16, 31, 31, 31]  # a pixel alone is its own neighbour
+
+
+def test_pixels_are_counted_in_their_contexts(monkeypatch):
+    """Without noise, by a loop over the pixels; and one more pixel for each context, spread as all pixels are."""
+    images = torch.randint(0, 256, (5, 2, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    where = diffusion.context(images / 127.5 - 1)
+    want = np.zeros((32, 256))
+    for row, value in zip(where.flatten().tolist(), images.flatten().tolist(), strict=True):
+        want[row, value] += 1
+    anywhere = 1 + want.sum(0)
+    want += anywhere / anywhere.sum()
+    found = diffusion.count_pixels(images, config(decoder_logsnr=math.inf))
+    assert_close(found, torch.from_numpy(want))
+    assert_close(found.sum(1), torch.from_numpy(want.sum(1)))
+    many = torch.full((2500, 1, 2, 2), 128, dtype=torch.uint8)  # more than one portion
+    assert_close(diffusion.count_pixels(many, config(decoder_logsnr=math.inf))[16, 128].item(), 1e4 + 10_001 / 10_256)
+    # with noise: the mean of four neighbours of a large grey image is grey, plus half of the noise of --decoder-logsnr
+    grey = torch.full((1, 1, 300, 300), 128, dtype=torch.uint8)
+    counts = diffusion.count_pixels(grey, config(decoder_logsnr=2.0))[:, 128] / 90_000
+    edges = (torch.arange(33, dtype=torch.float64) / 16 - 1 - (128 / 127.5 - 1)) / (math.exp(-1) / 2)
+    edges[0], edges[-1] = -math.inf, math.inf
+    assert_close(counts, torch.special.ndtr(edges).diff(), rtol=0, atol=0.01)
+    assert torch.equal(diffusion.count_pixels(grey, config()), diffusion.count_pixels(grey, config()))
+
+
+def test_neighbours_save_bits():
+    """Each image is of one grey: the decoder that sees the neighbours says it, where one histogram for all cannot."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (400, 1, 1, 1), dtype=torch.uint8).expand(400, 1, 8, 8).contiguous()
+    x_seen = images / 127.5 - 1 + math.exp(-1) * torch.randn(images.shape)
+    counts = diffusion.count_pixels(images, config(decoder_logsnr=2.0))
+    alone = -diffusion.decoder_log_prob(images, x_seen, 2.0, everywhere(counts.sum(0))).mean() / math.log(2)
+    beside = -diffusion.decoder_log_prob(images, x_seen, 2.0, counts).mean() / math.log(2)
+    assert beside < alone - 0.5
+
+
 @pytest.mark.parametrize("logsnr", [-2.0, 3.0, 6.0, 14.0])
 def test_decoder_sums_to_one(logsnr):
     x_seen = torch.tensor([-30.0, -1.001, -1.0, 0.003, 0.999, 1.0, 5.0], dtype=torch.float64).view(1, 1, 1, 7)
-    histogram = torch.rand(256, dtype=torch.float64) ** 8 + 1e-9
+    histogram = torch.rand(32, 256, dtype=torch.float64) ** 8 + 1e-9
     total = sum(diffusion.decoder_log_prob(torch.full((1, 1, 1, 7), v, dtype=torch.uint8), x_seen, logsnr, histogram).exp()
                 for v in range(256))
     assert_close(total, torch.ones_like(total))
@@ -479,7 +529,7 @@ def test_elbo_of_known_distributions(schedule, decoder_logsnr, histogram, bits):
     torch.manual_seed(0)
     x = torch.multinomial(histogram, 64 * 64, replacement=True).view(64, 1, 8, 8).byte()
     bits_of_x = -(histogram / histogram.sum()).log2()[x.long()].mean().item()
-    terms = elbo(oracle(posterior_mean(histogram), cfg), x, None, cfg, histogram, torch.Generator().manual_seed(1))
+    terms = elbo(oracle(posterior_mean(histogram), cfg), x, None, cfg, everywhere(histogram), torch.Generator().manual_seed(1))
     assert abs(bits_of_x - bits) < 0.2
     assert abs(terms["bpd"].mean().item() - bits_of_x) < 0.05
     assert_close(terms["prior"] + terms["diffusion"] + terms["reconstruction"], terms["bpd"])
@@ -494,14 +544,14 @@ def test_elbo_of_gaussian_data():
     torch.manual_seed(0)
     x = torch.multinomial(p, 200 * 64, replacement=True).view(200, 1, 8, 8).byte()
     net = oracle(lambda x_t, a, s: std**2 * a / (std**2 * a**2 + s**2) * x_t, cfg)
-    bpd = elbo(net, x, None, cfg, p + 1e-12, torch.Generator().manual_seed(1))["bpd"].mean().item()
+    bpd = elbo(net, x, None, cfg, everywhere(p + 1e-12), torch.Generator().manual_seed(1))["bpd"].mean().item()
     entropy = -(p * (p + 1e-30).log2()).sum().item()
     assert abs(entropy - (0.5 * math.log2(2 * math.pi * math.e * std**2) + math.log2(127.5))) < 0.05
     assert abs(bpd - entropy) < 0.05
 
 
 def test_elbo_is_the_same_whatever_is_predicted():
-    histogram, results = torch.ones(256), []
+    histogram, results = everywhere(torch.ones(256)), []
     x = torch.randint(0, 256, (6, 2, 3, 4), dtype=torch.uint8)
     for predict in TARGETS:
         cfg = config(schedule="cosine", predict=predict, elbo_samples=4)
@@ -524,7 +574,7 @@ def test_each_term_of_the_bound_in_closed_form(monkeypatch):
 
     monkeypatch.setattr(diffusion, "denoise", wrong)
     monkeypatch.setattr(diffusion, "decoder_log_prob", lambda *args: seen.append(args) or torch.full(args[0].shape, -0.25))
-    histogram = torch.rand(256)
+    histogram = torch.rand(32, 256)
     terms = elbo(None, x, None, cfg, histogram, torch.Generator().manual_seed(1))
     one = torch.ones(6)
     # KL(N(a x, s^2) || N(0, s^2)) = (a / s)^2 x^2 / 2, at log SNR -10
@@ -541,10 +591,10 @@ def test_the_bound_knows_that_no_pixel_lies_outside(monkeypatch):
     """What a network says beyond [-1,1] counts as the end of it: white images of which it says 7 cost no diffusion term."""
     monkeypatch.setattr(diffusion, "denoise", lambda model, x_t, t, y, cfg: torch.full_like(x_t, 7))
     white = torch.full((4, 1, 3, 3), 255, dtype=torch.uint8)
-    assert elbo(None, white, None, config(), torch.ones(256))["diffusion"].abs().max() == 0
+    assert elbo(None, white, None, config(), everywhere(torch.ones(256)))["diffusion"].abs().max() == 0
     grey = torch.full((4, 1, 3, 3), 204, dtype=torch.uint8)  # 0.6 in [-1,1], so it is wrong by 0.4
-    cfg = config(elbo_samples=200)
-    terms = elbo(None, grey, None, cfg, torch.ones(256))
+    cfg = config(elbo_samples=200, decoder_logsnr=6.0)
+    terms = elbo(None, grey, None, cfg, everywhere(torch.ones(256)))
     exact = 0.5 * 0.4**2 * (math.exp(6) - math.exp(-10)) / math.log(2)  # 1/2 int SNR |x - x_hat|^2 d lambda
     assert terms["diffusion"].mean().item() == pytest.approx(exact, rel=0.01)
 
@@ -554,7 +604,7 @@ def test_the_times_of_the_bound_are_spread_over_the_chain(K, monkeypatch):
     """Each image takes one log SNR from each of K equal intervals; over the images they fill each interval evenly."""
     cfg, seen = config(elbo_samples=K, decoder_logsnr=6.0), []
     monkeypatch.setattr(diffusion, "time_of", lambda logsnr, cfg: seen.append(logsnr) or torch.full((50,), 0.5))
-    elbo(lambda x_t, t, y: x_t, torch.zeros(50, 1, 1, 1, dtype=torch.uint8), None, cfg, torch.ones(256))
+    elbo(lambda x_t, t, y: x_t, torch.zeros(50, 1, 1, 1, dtype=torch.uint8), None, cfg, everywhere(torch.ones(256)))
     assert len(seen) == K
     for k, logsnr in enumerate(seen):
         place = (logsnr + 10) / 16 * K - k
@@ -564,10 +614,12 @@ def test_the_times_of_the_bound_are_spread_over_the_chain(K, monkeypatch):
 
 @pytest.mark.parametrize("logsnr", [-1.0, 4.0, 9.0])
 def test_decoder_is_bayes_rule(logsnr):
-    """Histogram times normal density, over their sum."""
-    histogram = np.random.default_rng(0).random(256) + 0.1
+    """The histogram of the pixel's own context times the normal density, over their sum."""
+    histogram = np.random.default_rng(0).random((32, 256)) + 0.1
     x_seen, x = np.array([-1.1, 0.02, 0.7]), np.array([0, 130, 200])
-    joint = histogram * stats.norm.pdf(x_seen[:, None], np.arange(256) / 127.5 - 1, math.exp(-logsnr / 2))
+    place = diffusion.context(torch.from_numpy(x_seen).view(1, 1, 1, 3)).flatten().numpy()
+    assert len(set(place)) == 3
+    joint = histogram[place] * stats.norm.pdf(x_seen[:, None], np.arange(256) / 127.5 - 1, math.exp(-logsnr / 2))
     want = np.log(joint[np.arange(3), x] / joint.sum(1))
     found = diffusion.decoder_log_prob(torch.from_numpy(x).view(1, 1, 1, 3), torch.from_numpy(x_seen).view(1, 1, 1, 3), logsnr,
                                        torch.from_numpy(histogram))
@@ -575,7 +627,7 @@ def test_decoder_is_bayes_rule(logsnr):
 
 
 def test_what_evaluation_hands_to_the_bound(digits, tmp_path, monkeypatch):
-    """The averaged network, test images with their labels, and the histogram of the images of training, none of it empty."""
+    """The averaged network, test images with their labels, and the histograms of the images of training."""
     seen, inside = [], diffusion.elbo
 
     def watch(*args):
@@ -588,10 +640,10 @@ def test_what_evaluation_hands_to_the_bound(digits, tmp_path, monkeypatch):
     diffusion.main([*TINY, "--out", str(out), "--elbo-samples", "2", "--seed", "5", "--save-every", "100"])
     x, y = (torch.cat([args[i] for args in seen]) for i in (1, 2))
     assert torch.equal(x, digits.test) and torch.equal(y, digits.test_labels)
-    want = 1 + torch.bincount(digits.train.flatten(), minlength=256)
+    want = diffusion.count_pixels(digits.train, config(seed=5))
     average = tiny.load_checkpoint(out)["ema_model"]
     for model, _, _, cfg, histogram, generator in seen:
-        assert torch.equal(histogram, want.double()) and cfg.elbo_samples == 2 and generator is seen[0][5]
+        assert torch.equal(histogram, want) and cfg.elbo_samples == 2 and generator is seen[0][5]
         assert all(torch.equal(v, average[k]) for k, v in model.state_dict().items())
     generator = torch.Generator().manual_seed(5)
     parts = [inside(model, *args[1:5], generator) for model, *_ in seen[:1] for args in seen]
@@ -702,9 +754,10 @@ def test_unet_uses_time_and_label():
         assert len({tuple(o.flatten().tolist()) for o in out}) == 4
 
 
-def test_wrong_heads_are_refused():
-    with pytest.raises(ValueError, match="--n-head 5"):
-        UNet(1, 0, 1, config(width=8, n_head=5))
+def test_wrong_heads_are_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        config(width=8, n_head=5)
+    assert left.value.code == 2 and "--n-head 5" in tiny.error_line(capsys.readouterr().err)
 
 
 # ---- beyond generation

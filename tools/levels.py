@@ -54,8 +54,8 @@ def level_kls(model, x, y, cfg, T, generator):
     return torch.stack(levels), torch.stack(kls)
 
 
-def bounds(model, images, labels, cfg, histogram, counts):
-    """Of images (N,C,H,W) uint8, for each T of counts and infinity: T -> name -> bits/dim (N,).
+def bounds(model, images, labels, cfg, pixels, counts):
+    """Of images (N,C,H,W) uint8, for each T of counts and infinity: T -> name -> bits/dim (N,). pixels of count_pixels.
 
     The names are those of diffusion.elbo. Beside it the bits/dim of each level: T -> (T,).
     """
@@ -67,7 +67,7 @@ def bounds(model, images, labels, cfg, histogram, counts):
     generator = torch.Generator().manual_seed(cfg.seed)
     for x, y in diffusion.progress(batches, "batches of images"):
         state = generator.get_state()
-        limit = diffusion.elbo(model, x, y, cfg, histogram, generator)
+        limit = diffusion.elbo(model, x, y, cfg, pixels, generator)
         found[math.inf].append(limit)
         for T in counts:
             levels, kls = level_kls(model, x, y, cfg, T, torch.Generator().set_state(state))
@@ -118,10 +118,10 @@ def main(argv=None):
     shape = list(data.test.shape[1:])
     if shape != saved["facts"]["shape"]:
         diffusion.fail(f"{cfg.dataset}: images of {shape}, the run in {args.folder} has {saved['facts']['shape']}")
-    histogram = 1 + torch.bincount(data.train.flatten(), minlength=256).double()  # as in diffusion.evaluate
+    pixels = diffusion.count_pixels(data.train, cfg)
     images = data.test[: args.images]
     counts = [2**k for k in range(args.levels.bit_length())]
-    table, of_levels = bounds(model, images, data.test_labels[: args.images], cfg, histogram, counts)
+    table, of_levels = bounds(model, images, data.test_labels[: args.images], cfg, pixels, counts)
     print(f"bits/dim of {len(images)} test images, {cfg.elbo_samples} levels drawn for each image and T")
     for T, terms in table.items():
         above = terms["bpd"] - table[math.inf]["bpd"]

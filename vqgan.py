@@ -6,7 +6,7 @@ pixels. Its decoder is trained like the generator of a GAN, so it draws sharp de
 codes need not hold. Stage 2 is autoregressive over the codes, which are 4 to 256 times fewer than
 the pixels. A window that slides over the grid samples images larger than any in the training.
 
-Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), SimVQ (Zhu 2024), FSQ (Mentzer 2024).
+Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), SimVQ (Zhu 2024), FSQ (Mentzer 2024), guidance (Ho 2022).
   nearest code, straight through ........... VQ                  VQ-VAE eqs. 1 and 2
   codebook by moving averages .............. VQ.update           VQ-VAE app. A.1 eqs. 6 to 8
   loss of the autoencoder .................. loss_autoencoder    VQGAN eqs. 4 and 6
@@ -95,9 +95,10 @@ class Config:
     warmup: int = 100  # steps of linear warm-up of the learning rate, in each stage (>= 0)
     decay: int = 2000  # steps of a stage after which the learning rate falls as 1 / sqrt(step) (> 0)
     labels: bool = True  # condition the transformer on the class
+    label_dropout: float = 0.1  # share of labels that are hidden from the transformer, for guidance (0 to 1)
     # evaluation and sampling, free to change on a trained model
     temperature: float = 1.0  # of the samples; less is nearer to the mode (> 0)
-    top_p: float = 1.0  # draw only among the likeliest codes that have this much probability together (0 to 1)
+    guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
     sample_size: tuple[int, ...] = (0, 0)  # height and width of samples, also larger ones; 0: as trained (0 to 16384)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
     # core, the same in all six scripts
@@ -295,17 +296,6 @@ def nll(prior, indices, y):
     return F.cross_entropy(logits.transpose(1, 2), indices.flatten(1), reduction="none").sum(1)  # VQGAN eqs. 9 and 10
 
 
-def probabilities(logits, cfg):
-    """softmax(logits / temperature) (B,K), cut to the likeliest codes that sum to --top-p."""
-    p = torch.softmax(logits / cfg.temperature, 1)
-    if cfg.top_p < 1:
-        ranked, order = p.sort(dim=1, descending=True, stable=True)
-        kept = ranked.cumsum(1) - ranked < cfg.top_p  # all likelier codes together do not reach --top-p
-        kept[:, 0] = True  # the likeliest code is kept whatever --top-p is
-        p = torch.zeros_like(p).scatter(1, order, ranked * kept)
-    return p / p.sum(1, keepdim=True)
-
-
 @torch.no_grad()
 def sample(prior, y, noise, cfg, cached=True):
     """Indices (B,h,w), of any h and w, from uniform noise (B,h,w) in [0,1), in raster order (VQGAN eq. 10).
@@ -315,18 +305,24 @@ def sample(prior, y, noise, cfg, cached=True):
     causal, so what the window holds from the position under way on does not matter. As the window moves, each position
     costs a whole pass. Without a window a cache saves that; cached=False does without it and gives the same indices.
     """
-    B, rows, columns = noise.shape
+    guided = prior.classes > 0 and cfg.guidance != 1
+    if guided:
+        y = torch.cat([y, torch.full_like(y, prior.classes)])  # with the label and without
+    _, rows, columns = noise.shape
     h = min(rows, prior.grid[0])
     w = min(columns, prior.grid[1])
-    cache = prior.cache(B, h, w) if cached and (h, w) == (rows, columns) else None
+    cache = prior.cache(len(y), h, w) if cached and (h, w) == (rows, columns) else None
     indices = torch.zeros_like(noise, dtype=torch.long)
     for i, j in product(range(rows), range(columns)):
         top = min(max(i - h // 2, 0), rows - h)
         left = min(max(j - w // 2, 0), columns - w)
-        window = indices[:, top:top + h, left:left + w]
+        window = indices[:, top:top + h, left:left + w].repeat(1 + guided, 1, 1)
         t = (i - top) * w + (j - left)  # the position of (i, j) in the window
         logits = prior(window, y)[:, t] if cache is None else prior.step(window, y, t, cache)
-        cdf = probabilities(logits, cfg).cumsum(1)
+        if guided:
+            with_label, without = logits.chunk(2)
+            logits = without + cfg.guidance * (with_label - without)  # Ho 2022, whose w is guidance - 1
+        cdf = torch.softmax(logits / cfg.temperature, 1).cumsum(1)
         u = noise[:, i, j, None] * cdf[:, -1:]  # the last value of the cdf is 1, but for rounding
         indices[:, i, j] = (u >= cdf[:, :-1]).sum(1)  # the inverse of the cdf at u
     return indices
@@ -355,14 +351,18 @@ class TransformerBlock(nn.Module):
 
 
 class Prior(nn.Module):
-    """indices (B,h,w), no larger than the grid (rows,columns) it is built for, and y (B,) -> logits (B,h*w,K)."""
+    """indices (B,h,w), no larger than the grid (rows,columns) it is built for, and y (B,) -> logits (B,h*w,K).
+
+    y is in {0..classes}, where `classes` means no label.
+    """
 
     def __init__(self, rows, columns, classes, cfg):
         super().__init__()
         width = cfg.prior_width
         self.grid = (rows, columns)
+        self.classes = classes
         self.embed = nn.Embedding(cfg.n_codes, width)
-        self.start = nn.Embedding(max(classes, 1), width)  # the class token
+        self.start = nn.Embedding(classes + 1, width)  # the class token
         self.at_row = nn.Parameter(torch.empty(rows, width))
         self.at_column = nn.Parameter(torch.empty(columns, width))
         for table in (self.embed.weight, self.start.weight, self.at_row, self.at_column):
@@ -659,8 +659,9 @@ def train(data, cfg, run):
         lr = learning_rate(cfg.prior_lr, step - cfg.stage1, cfg)
         optimizer_p.param_groups[0]["lr"] = lr
         indices, y = run.batch(encoded)
+        hidden = torch.rand(len(y), device=y.device) < cfg.label_dropout
         with run.autocast():
-            loss = nll(prior, indices, y).mean() / indices[0].numel()
+            loss = nll(prior, indices, torch.where(hidden, run.classes, y)).mean() / indices[0].numel()
         norm = run.update(loss, prior, optimizer_p, "--prior-lr")
         update_ema(ema_prior, prior, step - cfg.stage1, cfg.ema)
         run.log(loss=loss, bits_per_code=loss / math.log(2), grad_norm=norm, lr=lr)

@@ -19,7 +19,8 @@ from vqgan import FSQ, VQ, Autoencoder, Config, Discriminator, Prior, SimVQ, ada
 
 
 def config(shape=(1, 8, 8), **fields):
-    small = {"width": 8, "n_codes": 12, "code_dim": 3, "fsq_levels": (4, 3), "prior_width": 16, "prior_blocks": 2, "n_head": 2}
+    small = {"width": 8, "n_codes": 12, "code_dim": 3, "fsq_levels": (4, 3), "prior_width": 16, "prior_blocks": 2, "n_head": 2,
+             "guidance": 1.0}
     return vqgan.choose(Config(**small | fields), *shape[1:])
 
 
@@ -294,7 +295,7 @@ def test_a_code_sees_those_before_it_alone():
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 3), (1, 1)])
-@pytest.mark.parametrize("fields", [{}, {"top_p": 0.7, "temperature": 1.3}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"guidance": 3.0, "temperature": 1.3}], ids=str)
 def test_caches_give_the_same_codes(grid, fields):
     _, _, prior, cfg = build(**fields)
     noise, y = torch.rand(5, *grid), torch.arange(5) % 3
@@ -324,44 +325,56 @@ def test_samples_have_the_probabilities_of_the_chain():
     assert ((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
-def test_temperature_and_top_p():
-    logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64))
-
-    def p(**fields):
-        return vqgan.probabilities(logits, Config(**fields))
-
-    assert_close(p(), logits.exp())
-    assert_close(p(top_p=0.6)[0], torch.tensor([0, 0.4, 0, 0.25, 0], dtype=torch.float64) / 0.65)
-    assert_close(p(top_p=0.66)[0], torch.tensor([0, 0.4, 0, 0.25, 0.2], dtype=torch.float64) / 0.85)
-    assert_close(p(top_p=0.0)[0], torch.tensor([0, 1.0, 0, 0, 0], dtype=torch.float64))
-    assert_close(p(temperature=0.5)[0], logits[0].exp() ** 2 / (logits[0].exp() ** 2).sum())
-    assert (p(top_p=1.0) > 0).all() and p(top_p=0.1)[1, 0] == 1  # the first of equals
-    many = torch.randn(4, 16384)  # in float32 their running sum reaches 1 before the last of them
-    assert torch.equal(vqgan.probabilities(many, Config()) > 0, torch.softmax(many, 1) > 0)
-
-
-@pytest.mark.parametrize("fields", [{"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 0.5, "top_p": 0.6}], ids=str)
-def test_samples_follow_temperature_and_top_p(fields):
-    """Each code is the one that its noise asks of the distribution raised to 1 / temperature, without its tail."""
+@pytest.mark.parametrize("grid", [(4, 4), (6, 5)], ids=str)
+@pytest.mark.parametrize("fields", [{"temperature": 0.5}, {"guidance": 2.5}, {"guidance": 0.0}, {"temperature": 1.5, "guidance": 1.5}],
+                         ids=str)
+def test_samples_follow_temperature_and_guidance(fields, grid):
+    """Each code is the one that its noise asks of p(k | y)^g p(k)^(1 - g), raised to 1 / temperature; p(k) is the
+    answer to the label that stands for none. With a cache, and through a window."""
     _, _, prior, cfg = build(**fields)
-    noise, y = torch.rand(3, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
+    for p in prior.parameters():
+        torch.nn.init.normal_(p, std=0.6)  # so that the label matters
+    noise, y = torch.rand(3, *grid, dtype=torch.float64), torch.tensor([0, 2, 1])
     x = sample(prior, y, noise, cfg)
-    p = torch.softmax(prior(x, y), 2) ** (1 / fields.get("temperature", 1))
-    p = p / p.sum(2, keepdim=True)
-    for b, t in itertools.product(range(3), range(16)):
-        ranked = sorted(range(12), key=lambda k, b=b, t=t: -p[b, t, k])
-        kept, total = [], 0
-        for k in ranked:
-            if total < fields.get("top_p", 1) or not kept:
-                kept.append(k)
-            total += p[b, t, k]
-        u, below = noise[b, t // 4, t % 4] * p[b, t, kept].sum(), 0
-        for k in sorted(kept):
-            below += p[b, t, k]
-            if u < below:
-                break
-        assert x[b, t // 4, t % 4] == k
-    assert not torch.equal(x, sample(prior, y, noise, config()))
+    g, T = fields.get("guidance", 1), fields.get("temperature", 1)
+    for i, j in itertools.product(range(grid[0]), range(grid[1])):
+        top, left = min(max(i - 2, 0), grid[0] - 4), min(max(j - 2, 0), grid[1] - 4)
+        window, t = x[:, top:top + 4, left:left + 4], (i - top) * 4 + j - left
+        with_label = torch.softmax(prior(window, y)[:, t], 1)
+        without = torch.softmax(prior(window, torch.full((3,), 3))[:, t], 1)
+        p = (with_label**g * without ** (1 - g)) ** (1 / T)
+        cdf = (p / p.sum(1, keepdim=True)).cumsum(1)
+        assert torch.equal(x[:, i, j], (noise[:, i, j, None] >= cdf).sum(1).clamp(max=11))
+    assert not torch.equal(x, sample(prior, y, noise, config(guidance=1.0)))
+
+
+def test_guidance_needs_classes():
+    """Without classes the only label is the one for none, and a guided sample is the plain one, at the price of one pass."""
+    cfg = config(guidance=4.0)
+    prior = vqgan.build((1, 8, 8), 0, cfg)[2].double().eval()
+    calls, step = [], prior.step
+    prior.step = lambda indices, y, t, cache: calls.append(len(y)) or step(indices, y, t, cache)
+    noise, y = torch.rand(2, 4, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    guided = sample(prior, y, noise, cfg)
+    assert calls == [2] * 16
+    assert torch.equal(guided, sample(prior, y, noise, config(guidance=1.0)))
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0, 0), (0.5, 0.35, 0.65), (1.0, 1, 1)])
+def test_labels_are_hidden_from_the_transformer(digits, tmp_path, monkeypatch, rate, low, high):
+    seen, inside = [], vqgan.nll
+
+    def watch(prior, indices, y):
+        if prior.training:
+            seen.append(y)
+        return inside(prior, indices, y)
+
+    monkeypatch.setattr(vqgan, "nll", watch)
+    flags = f"--stage1 1 --steps 13 --label-dropout {rate} --save-every 100"
+    vqgan.main([*TINY, *flags.split(), "--out", str(tmp_path / "run")])
+    y = torch.cat(seen)
+    assert len(y) == 12 * 16 and low <= (y == 10).float().mean() <= high
+    assert len(set(y[y < 10].tolist())) == (10 if rate < 1 else 0)
 
 
 # ---- the script
@@ -380,7 +393,7 @@ def final(out):
 
 @pytest.mark.parametrize("flags", [
     "--quantizer fsq --no-labels", "--quantizer simvq --perceptual-weight 0", "--amp bf16 --dropout 0.1", "--disc-weight 0",
-    "--top-p 0.5 --label 2", "--sample-size 12 10", "--downsample 4", "--stage1 9",
+    "--guidance 0.5 --label 2", "--sample-size 12 10", "--downsample 4", "--stage1 9",
     "--n-codes 4096 --batch-size 1", "--n-codes 4096 --batch-size 1 --quantizer simvq"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
@@ -679,7 +692,7 @@ def test_photos_are_trained_on_and_sampled_larger(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [
     "--downsample 3", "--fsq-levels 2 5", "--quantizer fsq --fsq-levels 2048 2048",
-    "--sample-size 8", "--n-head 3", "--label 10", "--top-p 2", "--stage1 0"])
+    "--sample-size 8", "--n-head 3", "--label 10", "--guidance -1", "--stage1 0"])
 def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         vqgan.main([*TINY, "--out", str(tmp_path / "run"), *flags.split()])

@@ -145,8 +145,9 @@ TABLE = {
         "warmup": ("", "--warmup 3", WEIGHTS),
         "decay": ("", "--decay 1", WEIGHTS),
         "labels": ("", "--no-labels", WEIGHTS),
+        "label_dropout": ("", "--label-dropout 0.9", WEIGHTS),
         "temperature": ("", "--temperature 0.5", SAMPLES),
-        "top_p": ("", "--top-p 0.3", SAMPLES),
+        "guidance": ("", "--guidance 9", SAMPLES),
         "sample_size": ("", "--sample-size 12 10", SAMPLES),
         "label": ("", "--label 1", SAMPLES),
     },
@@ -407,7 +408,7 @@ def test_a_loss_is_of_the_images_and_labels_of_the_step(name, flags, tmp_path, m
     batch = module.Run.batch
     monkeypatch.setattr(module.Run, "batch", lambda run, data: batches.append(batch(run, data)) or batches[-1])
     watch_losses(module, monkeypatch, lambda function, args, result: seen.append((function, args, len(batches) - 1)))
-    more = ["--label-dropout", 0] if name == "diffusion" else []
+    more = ["--label-dropout", 0] if name in ("diffusion", "vqgan") else []
     out = go(module, tmp_path / "run", *flags.split(), *more)
     data = module.load_data("digits")
     assert len(batches) == 3 and {step for *_, step in seen} == {0, 1, 2}

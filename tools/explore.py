@@ -81,11 +81,13 @@ class Explorer:
         cfg = self.cfg
         if self.name == "diffusion":
             sliders = [Slider("nfe", "network evaluations", 1, max(64, cfg.nfe), cfg.nfe, 1)]
-            if self.classes and cfg.sampler != "consistency":  # a tuned network is guided already
-                sliders.append(Slider("guidance", "towards the class", 0, max(5, cfg.guidance), cfg.guidance, 0.25))
-            return sliders
-        lowest = 0.05 if self.name in ("autoregressive", "vqgan") else 0  # these two divide by it
-        return [Slider("temperature", "below 1: less varied", lowest, max(1.5, cfg.temperature), cfg.temperature, 0.05)]
+        else:
+            lowest = 0.05 if self.name in ("autoregressive", "vqgan") else 0  # these two divide by it
+            sliders = [Slider("temperature", "below 1: less varied", lowest, max(1.5, cfg.temperature), cfg.temperature, 0.05)]
+        tuned = self.name == "diffusion" and cfg.sampler == "consistency"  # it is guided already
+        if self.classes and hasattr(cfg, "guidance") and not tuned:
+            sliders.append(Slider("guidance", "towards the class", 0, max(5, cfg.guidance), cfg.guidance, 0.25))
+        return sliders
 
     def draw(self, label, **values):
         """label: a class's name, or EVERY; values: one for each slider -> samples and strip, (N,C,H,W) uint8."""

@@ -326,8 +326,8 @@ def test_samples_have_the_probabilities_of_the_chain():
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (6, 5)], ids=str)
-@pytest.mark.parametrize("fields", [{"temperature": 0.5}, {"guidance": 2.5}, {"guidance": 0.0}, {"temperature": 1.5, "guidance": 1.5}],
-                         ids=str)
+@pytest.mark.parametrize("fields", [{"temperature": 0.5}, {"guidance": 2.5}, {"guidance": 0.0},
+                                    {"temperature": 1.5, "guidance": 1.5}], ids=str)
 def test_samples_follow_temperature_and_guidance(fields, grid):
     """Each code is the one that its noise asks of p(k | y)^g p(k)^(1 - g), raised to 1 / temperature; p(k) is the
     answer to the label that stands for none. With a cache, and through a window."""

@@ -5,8 +5,8 @@
 
 Images are random, of one channel and 8 bits, as a FILE.npz. Each figure comes from a process of its own: the script's own
 training loop runs for some steps, or its own sampling for 1 and 16 images. A time is a median, after a first step or call
-that does not count. Memory is the peak above that of a process which has already trained a tiny network of the same script.
-A patch has the same size at every side (SCRIPTS below), since the default would change with the side.
+that does not count. Memory is the peak above what the process holds after it has trained, or sampled, a tiny network.
+A patch has the same size at every side (CASES below), since the default would change with the side.
 
 An exponent k says that the cost grows like size^k. It is the slope of a line through all points, log against log. The
 slope between the last two points stands beside it: where small sizes cost little but a constant, it is the truer one. Less
@@ -18,6 +18,7 @@ docs/peers.md, between the marks that stand there.
 
 import argparse
 import contextlib
+import gc
 import importlib
 import io
 import math
@@ -77,6 +78,13 @@ def peak_mb():
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak():
+    """From now on the peak is that of what follows, where the system can forget the one before (Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def write_images(path, side, n):
@@ -162,7 +170,7 @@ def sample_seconds(module, argv, n, budget):
 
 
 def measure(case, size, what, budget):
-    """In this process: what is "step" or a number of images -> seconds, and MB above those of a process at rest."""
+    """In this process: what is "step" or a number of images -> seconds, and MB above those with a tiny network."""
     module = importlib.import_module(case.script)
     stage2 = case.name.endswith("stage 2")
     seconds = 0.0
@@ -177,10 +185,11 @@ def measure(case, size, what, budget):
             argv += ["--stage1", 10**5] if case.script == "vqgan" else []
             argv += [case.depth, now.depth] if now.depth else []
             limit = 0 if small else budget
+            forget_peak()
             before = peak_mb()
-            if small or what == "step":
+            if what == "step":
                 seconds = step_seconds(module, argv, limit, stage2)
-            if small or what != "step":
+            else:
                 seconds = sample_seconds(module, argv, 1 if small else what, limit)
     return {"seconds": seconds, "mb": None if before is None else peak_mb() - before}
 

@@ -29,6 +29,7 @@ import venv
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,8 @@ from scoreboard import (
     trained_figures,
     write_json,
 )
+
+from diffusion import load_data
 
 # What a family's peer is. program: its file in tools/; flags: of the peer; ours: of our script; says: its settings
 Peer = namedtuple("Peer", "family program package says ours flags", defaults=("", ""))
@@ -214,21 +217,37 @@ def step_times(seconds, steps, pairs):
             for who in ("ours", "peer")}
 
 
+def small_data(args, path):
+    """The first 2,000 training and 100 test images as a FILE.npz: vqgan.py looks at all of its data when it ends."""
+    data = load_data(args.dataset, args.data_dir)
+    np.savez(path, images=data.train[:2000, 0], labels=data.train_labels[:2000],
+             test_images=data.test[:100, 0], test_labels=data.test_labels[:100])
+
+
 def time_program(equal, who, steps, args, python):
-    """The seconds of a whole program with so many steps, and what it says of its number of parameters."""
-    start = equal.ours if who == "ours" else f"tools/{equal.peer}"
-    program, *flags = start.split()
+    """Of a whole program with so many steps: its seconds, its number of parameters, the processes beside it."""
+    program, *flags = (equal.ours if who == "ours" else f"tools/{equal.peer}").split()
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        flags += ["--dataset", args.dataset, "--data-dir", args.data_dir, "--steps", steps, "--batch-size", equal.batch]
-        flags += ["--eval-images", 1, "--num-samples", 1, "--out", Path(folder, "run")]
-        log = Path(folder, "log")
-        begin = time.monotonic()
-        watch = Watch()
-        run_command([python if who == "peer" else sys.executable, ROOT / program, *flags], log, watch)
-        seconds = time.monotonic() - begin
         run = Path(folder, "run")
+        data = args.dataset
+        if equal.name == "vqgan":
+            data = Path(folder, "images.npz")
+            small_data(args, data)
+        flags += ["--dataset", data, "--data-dir", args.data_dir, "--steps", steps, "--batch-size", equal.batch]
+        flags += ["--eval-images", 1, "--num-samples", 1, "--out", run]
+        command = [python if who == "peer" else sys.executable, ROOT / program, *flags]
+        log = Path(folder, "log")
+        watch = Watch()
+        with open(log, "w") as file:
+            begin = time.monotonic()
+            code = subprocess.run(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT).returncode
+            seconds = time.monotonic() - begin
+        busy = watch.busy()
+        if code:
+            said = log.read_text(errors="replace").splitlines() or ["nothing said"]
+            raise Problem(f"{program}: exit code {code}: {said[-1]}")
         found = last_line(log) if who == "peer" else trained_figures(Script(program.removesuffix(".py")), run)
-        return seconds, found["parameters"], watch.busy()
+        return seconds, found["parameters"], busy
 
 
 def equal_name(equal, args):

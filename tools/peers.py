@@ -35,7 +35,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # from whatever directory this is run
 
-from evaluate import evaluate, read_samples
 from scoreboard import (
     STAGE1,
     Problem,
@@ -148,6 +147,15 @@ def last_line(log):
         raise Problem(f"the last line of {log} is no JSON object") from error
 
 
+def quality_of(samples, args):
+    """What tools/evaluate.py says, as a dict. In a process of its own: a program that a large one starts counts as large."""
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", samples, "--dataset", args.dataset, "--data-dir", args.data_dir]
+    said = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True)
+    if said.returncode:
+        raise Problem((said.stderr.strip().splitlines() or ["tools/evaluate.py failed"])[-1].removeprefix("error: "))
+    return json.loads(said.stdout)
+
+
 def make(peer, who, args, python):
     """Train, sample and measure one program; what was found is written to its file."""
     name = identity(peer, who, args)
@@ -163,10 +171,9 @@ def make(peer, who, args, python):
         found = {"package": f"{peer.family}.py"} | trained_figures(Script(peer.family), folder)
     else:
         found = last_line(log)
-    images, labels = read_samples(folder / "samples.npz")
-    quality = evaluate(images, args.dataset, args.data_dir, labels)
+    quality = quality_of(folder / "samples.npz", args)
     found |= {"family": peer.family, "who": who, "dataset": args.dataset, "minutes": args.minutes, "seed": args.seed,
-              "command": " ".join(command), "n": len(images), "eval_images": args.eval_images, "peak_mb": peak,
+              "command": " ".join(command), "n": quality["n"], "eval_images": args.eval_images, "peak_mb": peak,
               "distance": quality["frechet_at_floor_n"], "floor": quality["floor"]["frechet"],
               "density": quality["density"], "coverage": quality["coverage"],
               "processor": processor(), "torch": torch.__version__, "commit": commit(), "busy": watch.busy()}

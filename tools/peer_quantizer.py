@@ -1,22 +1,27 @@
-"""The peer beside vqgan.py's quantizers: vector-quantize-pytorch's VectorQuantize in the same autoencoder, the same steps.
+"""The peer beside vqgan.py: VectorQuantize of vector-quantize-pytorch in the same autoencoder, with the same transformer.
 
-In an environment of its own: pip install -r requirements.txt vector-quantize-pytorch==1.32.0, then
-  python tools/peer_quantizer.py --dataset mnist --steps 601 --stage1 600 --disc-weight 0 --out runs/peer-quantizer
+The environment is that of tools/peers.py:
+  runs/peers/venv/bin/python tools/peer_quantizer.py --dataset mnist --steps 601 --stage1 600 \
+    --disc-weight 0 --out runs/peer-quantizer
 and any other flags of vqgan.py. The class takes the place of vqgan.VQ, with its own defaults, or with those its README
 advises against dead codes (--tuned: k-means at the start, codes of fewer than 2 vectors replaced, decay 0.99). What vqgan.py
-prints at the end compares.
+prints at the end compares. The last line is a JSON object, as that of every peer.
 """
 
+import importlib.metadata
+import json
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
-from vector_quantize_pytorch import VectorQuantize
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import peer
+
 import vqgan
 
+PACKAGE = "vector-quantize-pytorch"
 TUNED = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.99} if "--tuned" in sys.argv else {}
 
 
@@ -25,6 +30,7 @@ class Peer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        VectorQuantize = peer.need("vector_quantize_pytorch").VectorQuantize
         self.vq = VectorQuantize(cfg.code_dim, cfg.n_codes, commitment_weight=cfg.beta, **TUNED)
 
     def forward(self, z):
@@ -42,7 +48,20 @@ def follow(ema, model, step, share, average=vqgan.update_ema):
         mine.copy_(its)
 
 
+def main():
+    peer.need("vector_quantize_pytorch")
+    vqgan.main()
+    folder = vqgan.Run.out
+    if (folder / "metrics.jsonl").is_file():
+        final = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        model, prior, _ = vqgan.load(folder)
+        print(json.dumps({"package": f"{PACKAGE} {importlib.metadata.version(PACKAGE)}", "steps": final["step"],
+                          "seconds": final["seconds"], "parameters": peer.parameters(model, prior),
+                          "bits_per_code": final["test_bits_per_code"], "kind": "of the codes"}))
+
+
 if __name__ == "__main__":
-    vqgan.VQ, vqgan.update_ema = Peer, torch.no_grad()(follow)
+    vqgan.VQ = Peer
+    vqgan.update_ema = torch.no_grad()(follow)
     sys.argv = [a for a in sys.argv if a != "--tuned"]
-    vqgan.launch(vqgan.main)
+    vqgan.launch(main)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,13 @@ def test_a_tiny_scoreboard(rows, tmp_path, monkeypatch, capsys):
 def started(tmp_path, *more):
     argv = [*ARGS, "--out", str(tmp_path), *more]
     return board.parse(argv)[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
+def test_the_memory_of_a_command_is_its_own(rows, tmp_path):
+    """Not that of the process that started it, which has PyTorch loaded; and its peak, not what it has at its end."""
+    command = [sys.executable, "-c", "import time; x = bytes([1]) * 80_000_000; time.sleep(0.4); del x; time.sleep(0.4)"]
+    assert 80 < board.run_command(command, tmp_path / "log", board.Watch()) < 130
 
 
 def test_a_killed_run_is_taken_up(rows, tmp_path):

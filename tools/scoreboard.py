@@ -155,36 +155,36 @@ class Watch:
         return {name: round(seconds / elapsed, 3) for name, seconds in self.taken.most_common() if seconds > LIMIT * elapsed}
 
 
-def reap(process):
-    """Whether a process is over, without waiting; then also its peak of memory in MB, None where it is not known."""
-    if not hasattr(os, "wait4"):
-        return process.poll() is not None, None
-    number, status, usage = os.wait4(process.pid, os.WNOHANG)
-    if not number:
-        return False, None
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return True, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def peak_of(process):
+    """The peak of a running process's memory so far in MB, 0 where it is not known.
+
+    It is not the ru_maxrss of wait4: that begins at the memory of the program that started the process.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 2**10
+    return 0
 
 
 def run_command(command, log, watch):
-    """Run a command of the project, its output into the file `log` -> its peak of memory in MB."""
+    """Run a command of the project, its output into the file `log` -> its peak of memory in MB, None where it is not known."""
     with open(log, "w") as file:  # in a session of its own: Ctrl-C comes here alone
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    over = False
+    peak = 0
     try:
-        while not over:
-            over, peak = reap(process)
-            if not over:
-                watch.look()
-                time.sleep(POLL)
+        while process.poll() is None:
+            peak = max(peak, peak_of(process))
+            watch.look()
+            time.sleep(POLL)
     finally:
-        if not over:  # this program was stopped: the script saves and ends
+        if process.poll() is None:  # this program was stopped: the script saves and ends
             process.terminate()
             process.wait()
     if process.returncode:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise Problem(f"exit code {process.returncode}: {said[-1] if said else 'nothing said'} (all of it in {log})")
-    return peak
+    return peak or None
 
 
 def leave_at_sigterm():

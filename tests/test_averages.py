@@ -10,11 +10,11 @@ import torch
 import tiny
 
 STEPS = 300
-FLAGS = "--steps 300 --batch-size 32 --log-every 300 --save-every 1000 --eval-images 100 --seed 0"
+FLAGS = "--steps 300 --batch-size 16 --log-every 300 --save-every 1000 --eval-images 100 --seed 0"
 SMALL = {
     "vae": "--width 16 --z-dim 8 --kl-warmup 100 --iw-samples 1",
     "flow": "--width 16 --blocks 2 --layers 1 --coupling affine",
-    "gan": "--width 16 --z-dim 16 --num-samples 500",
+    "gan": "--width 8 --z-dim 16 --num-samples 500",
     "autoregressive": "--width 16 --blocks 1 --dropout 0",
     "diffusion": "--width 8 --elbo-samples 2",
     "vqgan": "--width 8 --n-codes 32 --code-dim 4 --prior-width 16 --prior-blocks 1 --n-head 2 --disc-start 100 "

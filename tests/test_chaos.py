@@ -12,29 +12,38 @@ import torch
 from tiny import ROOT, TINY, load_tool
 
 
-def tool(*argv):
+def tool(*argv, cwd=None):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=env, cwd=cwd)
 
 
-def test_a_round_of_each_fault():
+@pytest.fixture
+def chaos(monkeypatch):
+    """The module, as another process finds it."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import chaos
+    return chaos
+
+
+def test_a_round_of_each_fault(chaos, capsys):
+    """In this process, whose children have imported everything already."""
     faults = "kill signal truncate flip log images disk"
-    done = tool(ROOT / "tools" / "chaos.py", "--scripts", "gan", "--rounds", 1, "--faults", *faults.split())
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    with pytest.raises(SystemExit) as ended:
+        chaos.main(["--scripts", "gan", "--rounds", "1", "--faults", *faults.split()])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    rows = [line.split(" | ") for line in said.out.splitlines()[2:]]
     assert [row[1] for row in rows] == faults.split()
     assert all(row[2] == "1" and row[3].startswith("1 ") for row in rows)
 
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import chaos
-    return chaos, chaos.Bench("gan", tmp_path, random.Random(0))
+def test_it_starts_from_any_folder(tmp_path):
+    done = tool(ROOT / "tools" / "chaos.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--rounds" in done.stdout, done.stderr
 
 
-def test_extremes_and_what_is_wrong(bench):
-    chaos, bench = bench
+def test_extremes_and_what_is_wrong(chaos, tmp_path):
+    bench = chaos.Bench("gan", tmp_path, random.Random(0))
     assert chaos.extremes(bench, "batch_size", "-1") == chaos.extremes(bench, "lr", "nan") == "refused"
     assert chaos.extremes(bench, "seed", 2**31) == "a run"
     numbers = chaos.cases("flags", bench, 1)

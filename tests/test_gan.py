@@ -186,23 +186,23 @@ def test_what_both_players_minimise(loss):
 
 
 def play(loss, r):
-    """Distance from the equilibrium of Dirac-GAN after each step."""
-    return [math.hypot(*at) for at in toy.dirac(loss, r)]
+    """Distance from the equilibrium of Dirac-GAN after each step; a round about it takes 600."""
+    return [math.hypot(*at) for at in toy.dirac(loss, r, steps=1100)]
 
 
 def test_dirac_gan():
     """The default converges. Without a penalty every loss circles the equilibrium or leaves it, and so does WGAN-GP."""
     path = play("relativistic", 0.5)
-    assert path[-1] < 1e-3 < path[0]
+    assert path[-1] < 1e-3 < path[0]  # 4e-4
     for loss in ("relativistic", "nonsaturating", "minimax", "hinge", "wgan-gp"):
-        assert min(play(loss, 0.0)[-1000:]) > 0.1, loss
+        assert min(play(loss, 0.0)) > 0.4, loss
 
 
 def test_a_ring_of_gaussians():
     """Eight modes in the plane: the default covers them all with samples that lie on them."""
-    distance, mode = torch.cdist(toy.ring("relativistic", 0.1), toy.CENTRES).min(1)
+    distance, mode = torch.cdist(toy.ring("relativistic", 0.1, steps=1000), toy.CENTRES).min(1)
     share = torch.bincount(mode[distance < 0.25], minlength=8) / 4000
-    assert (share > 0.04).all() and share.sum() > 0.7
+    assert (share > 0.04).all() and share.sum() > 0.6
 
 
 def test_diversity():
@@ -520,13 +520,13 @@ def test_a_collapse_is_told_once_by_one_process(rank, before, now, told):
 
 
 def test_short_training_on_digits(tmp_path):
-    """500 steps on the real digits: coverage and distance of 297 samples, as many as there are test images."""
-    gan.main(["--steps", "500", "--num-samples", "297", "--out", str(tmp_path / "run")])
+    """250 steps on the real digits: coverage and distance of 297 samples, as many as there are test images."""
+    gan.main([*"--steps 250 --width 16 --batch-size 32 --num-samples 297 --out".split(), str(tmp_path / "run")])
     samples = np.load(tmp_path / "run" / "samples.npz")
     quality = evaluate(samples["images"], "digits", labels=samples["labels"])
-    assert quality["frechet"] < 8, quality  # the floor is 0.69
-    assert quality["coverage"] > 0.22, quality  # and 0.59
-    assert quality["label_accuracy"] > 0.8, quality
+    assert quality["frechet"] < 6, quality  # 3.4; 48 after a step, and the floor is 0.69
+    assert quality["coverage"] > 0.22, quality  # 0.27; 0.00 after a step, and the floor is 0.59
+    assert quality["label_accuracy"] > 0.85, quality  # 0.96
 
 
 def test_a_lone_copy_computes_the_same(monkeypatch):

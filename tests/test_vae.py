@@ -751,10 +751,11 @@ def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--prior", "flow"], ["--prior", "vamp"], ["--posterior", "iaf"]], ids=str)
 def test_a_short_training_learns_digits(flags, tmp_path):
-    """Nats an image, k = 20, over the whole test split; independent pixels of the right frequencies have 27.4."""
+    """Nats of 100 test images, k = 20; independent pixels of the right frequencies have 27.4."""
     out = tmp_path / "run"
-    vae.main(["--steps", "300", "--kl-warmup", "100", "--iw-samples", "20", "--num-samples", "8", "--out", str(out), *flags])
-    assert final(out)["test_neg_iw_20"] < 25.3 and final(out)["test_kl_1"] > 1
+    core = "--steps 300 --kl-warmup 100 --iw-samples 20 --eval-images 100 --num-samples 1"
+    vae.main([*core.split(), "--out", str(out), *flags])
+    assert final(out)["test_neg_iw_20"] < 25.3 and final(out)["test_kl_1"] > 1  # 24.3 to 24.7, and 2.7 to 3.1
 
 
 def test_the_manifold_has_the_priors_quantiles(digits, tmp_path, monkeypatch):

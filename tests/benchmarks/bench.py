@@ -44,6 +44,11 @@ def bandwidth():
     return 2 * x.numel() * x.element_size() / times(lambda: y.copy_(x))[1]
 
 
+def count(benchmark, n, few=2):
+    """n images, vectors or rows of a batch; where nothing is timed a few are enough to see that a case works."""
+    return min(n, few) if benchmark.disabled and DEVICE == "cpu" else n
+
+
 def synchronize():
     if DEVICE == "cuda":
         torch.cuda.synchronize()

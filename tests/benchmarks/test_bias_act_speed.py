@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import DEVICE, IMPLS, PASSES, cases, run
+from bench import DEVICE, IMPLS, PASSES, cases, count, run
 
 from kernels.bias_act import bias_act, bias_act_reference, bias_act_torch
 
@@ -30,7 +30,8 @@ def test_bias_act(benchmark, case, dtype, impl, passes):
     if impl.startswith("compiled") and passes == TWICE:
         pytest.skip("torch.compile cannot differentiate twice")
     torch.manual_seed(0)
-    x, dy = torch.randn(2, *CASES[case], device=DEVICE, dtype=dtype)
+    shape = (count(benchmark, CASES[case][0]), *CASES[case][1:])
+    x, dy = torch.randn(2, *shape, device=DEVICE, dtype=dtype)
     bias, n = torch.randn(x.shape[1], device=DEVICE, dtype=dtype), x.numel() * x.element_size()
     inputs, forms = (x, bias), FORMS
     if passes == TWICE:

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, PASSES, cases, run
+from bench import DEVICE, IMPLS, PASSES, cases, count, run
 
 from kernels import coupling
 
@@ -23,7 +23,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEV
 
 def time_it(benchmark, op, case, dtype, impl, passes, reverse, how, channels, ideal):
     """ideal: bytes forward and backward, in bytes of x."""
-    shape = CASES[case]
+    shape = (count(benchmark, CASES[case][0]), *CASES[case][1:])
     torch.manual_seed(0)
     x = torch.randn(shape, device=DEVICE, dtype=dtype)
     params = torch.randn(shape[0], channels, *shape[2:], device=DEVICE, dtype=dtype)

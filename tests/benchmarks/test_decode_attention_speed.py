@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, cases, run
+from bench import DEVICE, IMPLS, cases, count, run
 
 from kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_torch
 
@@ -20,6 +20,7 @@ FORMS = {"reference": decode_attention_reference, "plain": decode_attention_torc
 @cases(CASES, ("16x4x784x32 at 49", "8x8x4096x64 at 4096"))
 def test_decode_attention(benchmark, case, dtype, impl):
     shape, length = CASES[case]
+    shape = (count(benchmark, shape[0]), *shape[1:])
     torch.manual_seed(0)
     k, v = torch.randn(2, *shape, device=DEVICE, dtype=dtype)
     q = torch.randn(*shape[:2], 1, shape[3], device=DEVICE, dtype=dtype)

@@ -6,7 +6,7 @@ python flow.py --mode sample --inverse jacobi tells its calls and seconds.
 
 import pytest
 import torch
-from bench import peak_bytes
+from bench import count, peak_bytes
 
 import flow
 from flow import Config, Flow, choose
@@ -25,9 +25,10 @@ def build(kind, n, **fields):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_step(benchmark, kind):
-    model, cfg, y = build(kind, 32)
+    n = count(benchmark, 32)
+    model, cfg, y = build(kind, n)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, fused=True)
-    x = torch.randint(0, 256, (32, 1, 28, 28))
+    x = torch.randint(0, 256, (n, 1, 28, 28))
 
     def step():
         optimizer.zero_grad()
@@ -40,18 +41,20 @@ def test_training_step(benchmark, kind):
 
 @pytest.mark.parametrize("kind", ["additive", "affine", "spline", "tarflow"])
 def test_sampling(benchmark, kind):
-    model, cfg, y = build(kind, 16)
-    eps = [torch.randn(16, *s) for s in model.f.noise_shapes]
+    n = count(benchmark, 16)
+    model, cfg, y = build(kind, n)
+    eps = [torch.randn(n, *s) for s in model.f.noise_shapes]
     x, _ = benchmark(flow.sample, model.eval(), eps, y, cfg)
-    assert x.shape == (16, 1, 28, 28) and x.isfinite().all()
+    assert x.shape == (n, 1, 28, 28) and x.isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [4, 8, 16, 32])
 @pytest.mark.parametrize("kind", ["affine", "affine, recompute"])
 def test_memory_against_depth(benchmark, kind, steps):
     """Forward and backward at `steps` steps a scale; extra_info has the most MiB held at once beyond the weights."""
-    model, _, y = build(kind, 32, steps_per_scale=steps)
-    x, parameters = torch.rand(32, 1, 28, 28) * 2 - 1, list(model.parameters())
+    n = count(benchmark, 32)
+    model, _, y = build(kind, n, steps_per_scale=steps)
+    x, parameters = torch.rand(n, 1, 28, 28) * 2 - 1, list(model.parameters())
 
     def forward_and_backward():
         return torch.autograd.grad(flow.log_density(model, x, y).mean(), parameters)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, PASSES, cases, run
+from bench import DEVICE, IMPLS, PASSES, cases, count, run
 
 from kernels.group_norm import group_norm_silu, group_norm_silu_reference, group_norm_silu_torch
 
@@ -20,10 +20,10 @@ FORMS = {"reference": group_norm_silu_reference, "plain": group_norm_silu_torch,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
 @cases(CASES, ("diffusion, mnist, level 1", "diffusion, mnist, level 2", "64x128x32x32"))
 def test_group_norm_silu(benchmark, case, dtype, impl, passes):
-    (shape, groups) = CASES[case]
+    (B, *size), groups = CASES[case]
     torch.manual_seed(0)
-    x = torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
-    weight, bias = torch.randn(2, shape[1], device=DEVICE, dtype=dtype)
+    x = torch.randn(count(benchmark, B), *size, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, size[0], device=DEVICE, dtype=dtype)
     n = x.numel() * x.element_size()
     run(benchmark, f"group_norm_silu {case} {dtype}", impl, passes, FORMS, (x, groups, weight, bias),
         {"forward": 2 * n, "backward": 3 * n}, tolerance=1e-3 if dtype == torch.float32 else 5e-2)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import DEVICE, IMPLS, PASSES, cases, run
+from bench import DEVICE, IMPLS, PASSES, cases, count, run
 
 from kernels.logistic_mixture import logistic_mixture, logistic_mixture_reference, logistic_mixture_torch
 
@@ -42,7 +42,7 @@ FORMS = {"reference": logistic_mixture_reference, "plain": logistic_mixture_torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str)
 @cases(CASES, ("64x1x28x28", "32x3x32x32"))
 def test_logistic_mixture(benchmark, case, dtype, impl, passes):
-    shape = CASES[case]
+    shape = (count(benchmark, CASES[case][0]), *CASES[case][1:])
     torch.manual_seed(0)
     x = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
     x[torch.rand(x.shape, device=DEVICE) < 0.3] = 0

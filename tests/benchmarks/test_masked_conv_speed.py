@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench import DEVICE, IMPLS, PASSES, cases, run
+from bench import DEVICE, IMPLS, PASSES, cases, count, run
 
 from kernels import masked_conv as module
 
@@ -25,6 +25,7 @@ def test_masked_conv(benchmark, case, op, dtype, impl, passes):
     shape, N, (kh, kw) = CASES[case]
     if benchmark.disabled and shape[0] > 16:
         pytest.skip("large, so only where it is timed")
+    shape = (count(benchmark, shape[0]), *shape[1:])
     torch.manual_seed(0)
     wide = 2 * N if op.startswith("gated") else N
     x = torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)

@@ -6,7 +6,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import DEVICE, IMPLS, PASSES, cases, peak_bytes, run
+from bench import DEVICE, IMPLS, PASSES, cases, count, peak_bytes, run
 
 import kernels
 from kernels.vector_quantize import BUFFER, nearest_code, nearest_code_reference, nearest_code_torch
@@ -44,8 +44,7 @@ def test_nearest_code(benchmark, case, dtype, impl, passes):
     if impl == "cdist" and dtype != torch.float32:
         pytest.skip("cdist takes float32 and float64 only")
     N, K, D = CASES[case]
-    if benchmark.disabled:  # only that it works, and quickly
-        N = N // 16
+    N = count(benchmark, N, 64)
     z, codebook = case_of(N, K, D, dtype)
     size = z.element_size() * D
     ideal = {"forward": 2 * N * size + 8 * N + K * size, "backward": N * size + 8 * N + K * size}

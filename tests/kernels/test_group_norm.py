@@ -98,10 +98,12 @@ def test_shapes_that_do_not_fit(groups, channels):
         group_norm_silu(torch.randn(2, 8, 3, 3), groups, torch.ones(channels), torch.ones(channels))
 
 
-@pytest.mark.parametrize("tile, silu", [(8192, False), (8192, True), (4, True)])
-def test_gradcheck(tile, silu, monkeypatch):
+@pytest.mark.parametrize("tile, silu, shape", [(8192, False, (1, 2, 3, 2)), (8192, True, (1, 2, 3, 2)),
+                                               (4, True, (1, 1, 5, 1))])  # split
+def test_gradcheck(tile, silu, shape, monkeypatch):
     monkeypatch.setattr(module, "TILE", tile)
-    gradcheck(group_norm_silu, (*inputs((1, 2, 3, 2)), 1e-5, silu))
+    assert (module._whole(1, shape[2] * shape[3], 1) is None) == (tile == 4)
+    gradcheck(group_norm_silu, (*inputs(shape), 1e-5, silu))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -120,7 +122,7 @@ def test_deterministic(tile, monkeypatch):
 @pytest.mark.skipif(not kernels.INTERPRETING, reason="bytes are counted in the interpreter")
 @pytest.mark.parametrize("shape, channels_last, forward, backward", [
     ((1, 16, 16, 16), False, 2, 3), ((1, 16, 16, 16), True, 2, 3),
-    ((1, 2, 256, 128), False, 3, 5), ((1, 64, 64, 16), True, 3, 5)])
+    ((1, 2, 128, 128), False, 3, 5), ((1, 64, 32, 16), True, 3, 5)])
 def test_bytes(shape, channels_last, forward, backward):
     x, groups, weight, bias = inputs(shape, channels_last)
     with traffic() as moved:
@@ -181,11 +183,12 @@ def test_there_are_programs_for_every_processor(B, C, side, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_chunks_change_nothing_but_rounding(channels_last, monkeypatch):
     monkeypatch.setattr(module, "TILE", 64)
+    assert module._split(1, 2, 300, channels_last, 2) != module._split(1, 2, 300, channels_last, 8)
     results = []
     for number in (1, 4):
         monkeypatch.setattr(module, "processors", lambda device, number=number: number)
         torch.manual_seed(1)
-        x, groups, weight, bias = inputs((1, 4, 20, 15), channels_last)
+        x, groups, weight, bias = inputs((1, 2, 20, 15), channels_last)
         x.requires_grad_()
         y = group_norm_silu(x, groups, weight, bias)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))

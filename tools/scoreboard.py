@@ -71,6 +71,7 @@ ROWS = [
     Row("autoregressive-made", "autoregressive", "MADE", "--output bernoulli --arch made"),
     Row("vqgan-plain", "vqgan", "weakness: no discriminator", "--stage1 STAGE1 --disc-weight 0 --perceptual-weight 0"),
     Row("vqgan-codes", "vqgan", "remedy: codes learned with a discriminator", "--stage1 STAGE1", best=True),
+    Row("vqgan-unguided", "vqgan", "the same without guidance", sampling="--guidance 1", of="vqgan-codes"),
     Row("diffusion-ddpm", "diffusion", "weakness: the first sampler, 20 evaluations", sampling="--sampler ddpm",
         of="diffusion-chain"),
     Row("diffusion-chain", "diffusion", "remedy: a solver of second order, 20 evaluations", best=True),

@@ -252,7 +252,7 @@ def rows_of(case, found, sizes, of_size, samples):
             costs = [entry[unit] for entry in entries]
             shown = [number(cost * 1000 if unit == "seconds" else cost) for cost in costs]
             slopes = exponent(sizes, costs, SMALL if unit == "mb" else 0.0)
-            slopes = ["" if math.isnan(slope) else f"{slope:.1f}" for slope in slopes]
+            slopes = ["" if math.isnan(slope) else f"{round(slope, 1) + 0.0:.1f}" for slope in slopes]  # no -0.0
             yield [case.name, says, *shown, *slopes]
 
 

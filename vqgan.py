@@ -6,13 +6,13 @@ pixels. Its decoder is trained like the generator of a GAN, so it draws sharp de
 codes need not hold. Stage 2 is autoregressive over the codes, which are 4 to 256 times fewer than
 the pixels. A window that slides over the grid samples images larger than any in the training.
 
-Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), SimVQ (Zhu 2024), FSQ (Mentzer 2024), guidance (Ho 2022).
+Papers: VQ-VAE (van den Oord 2017), VQGAN (Esser 2021), SimVQ (Zhu 2024), FSQ (Mentzer 2024).
   nearest code, straight through ........... VQ                  VQ-VAE eqs. 1 and 2
   codebook by moving averages .............. VQ.update           VQ-VAE app. A.1 eqs. 6 to 8
   loss of the autoencoder .................. loss_autoencoder    VQGAN eqs. 4 and 6
   adaptive weight .......................... adaptive_weight     VQGAN eq. 7
   loss of the patch discriminator .......... loss_discriminator  VQGAN eq. 5, with the hinge
-  chain rule over codes, sliding window .... nll, sample         VQGAN eqs. 9 and 10, fig. 3
+  chain rule, window, guidance (Ho 2022) ... nll, sample         VQGAN eqs. 9 and 10, fig. 3
   one linear layer over a frozen codebook .. SimVQ               SimVQ eq. 6
   quantization without a codebook .......... FSQ                 FSQ sec. 3.1
 

@@ -303,8 +303,8 @@ def count_pixels(images, cfg):
     counts = torch.zeros(CONTEXTS * 256, dtype=torch.float64)
     for x in images.split(1000):
         noise = torch.randn(x.shape, generator=generator)
-        place = context(x / 127.5 - 1 + math.exp(-cfg.decoder_logsnr / 2) * noise)
-        counts += torch.bincount((256 * place + x).flatten(), minlength=len(counts))
+        row = context(x / 127.5 - 1 + math.exp(-cfg.decoder_logsnr / 2) * noise)
+        counts += torch.bincount((256 * row + x).flatten(), minlength=len(counts))
     counts = counts.view(CONTEXTS, 256)
     anywhere = 1 + counts.sum(0)
     return counts + anywhere / anywhere.sum()  # each context sees one more pixel, which may have any value
@@ -318,10 +318,10 @@ def decoder_log_prob(x, x_seen, logsnr, counts):
     """
     log_prior = (counts / counts.sum(1, keepdim=True)).log().to(x_seen)
     value = torch.arange(256).to(x_seen) / 127.5 - 1  # in [-1,1]
-    place = context(x_seen)
+    row = context(x_seen)
 
     def joint(i):
-        return log_prior[place, i] - 0.5 * math.exp(logsnr) * (x_seen - value[i]) ** 2
+        return log_prior[row, i] - 0.5 * math.exp(logsnr) * (x_seen - value[i]) ** 2
 
     total = joint(0)
     for i in range(1, 256):  # one value at a time, as 256 times the images would not fit

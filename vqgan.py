@@ -304,6 +304,7 @@ def sample(prior, y, noise, cfg, cached=True):
     the edges allow (VQGAN fig. 3). The prior takes the window for an image, so the class token stands before it. It is
     causal, so what the window holds from the position under way on does not matter. As the window moves, each position
     costs a whole pass. Without a window a cache saves that; cached=False does without it and gives the same indices.
+    With --guidance the prior is asked twice for each position, with the label and without it.
     """
     guided = prior.classes > 0 and cfg.guidance != 1
     if guided:
@@ -351,10 +352,7 @@ class TransformerBlock(nn.Module):
 
 
 class Prior(nn.Module):
-    """indices (B,h,w), no larger than the grid (rows,columns) it is built for, and y (B,) -> logits (B,h*w,K).
-
-    y is in {0..classes}, where `classes` means no label.
-    """
+    """indices (B,h,w), at most the grid (rows,columns) it is built for, y (B,), `classes` for no label -> logits (B,h*w,K)."""
 
     def __init__(self, rows, columns, classes, cfg):
         super().__init__()
@@ -648,6 +646,7 @@ def train(data, cfg, run):
             run.update(terms["loss_d"], D, optimizer_d)
         update_ema(ema_model, model, step, cfg.ema)
         run.log(loss=loss, **terms, grad_norm=norm, lr=lr)
+
     if run.over:
         return
 

@@ -130,27 +130,25 @@ def test_a_row_is_made_of_what_the_program_says(tmp_path, monkeypatch):
         log.write_text('noise\n{"package": "torchgan 0.1.0", "steps": 7, "seconds": 3.0, "parameters": 5}\n')
         return 100.0
 
+    labels = np.arange(20) % 10
+    images = np.full((20, 28, 28, 1), 7, np.uint8)
+    folder = tmp_path / "mnist-0.05min-gan-peer-0"
+    folder.mkdir()
+    np.savez(folder / "samples.npz", images=images, labels=labels)
     quality = {"n": 20, "frechet_at_floor_n": 2.0, "floor": {"frechet": 0.5}, "density": 0.1, "coverage": 0.2}
     monkeypatch.setattr(peers, "run_command", run_command)
     measured = []
-    monkeypatch.setattr(peers, "quality_of", lambda path, args: measured.append(path) or quality)
+    monkeypatch.setattr(peers, "evaluate", lambda *given: measured.append(given) or quality)
     found = peers.make(one, "peer", args, "PYTHON")
     assert ran[0][:2] == ["PYTHON", str(tiny.ROOT / "tools" / "peer_gan.py")]
-    assert "--overwrite" not in ran[0] and ran[0][ran[0].index("--out") + 1] == str(tmp_path / "mnist-0.05min-gan-peer-0")
-    assert measured == [tmp_path / "mnist-0.05min-gan-peer-0" / "samples.npz"]
+    assert "--overwrite" not in ran[0] and ran[0][ran[0].index("--out") + 1] == str(folder)
+    ((seen, dataset, data_dir, classes),) = measured
+    assert np.array_equal(seen, images) and np.array_equal(classes, labels) and (dataset, data_dir) == ("mnist", args.data_dir)
     assert (found["steps"], found["distance"], found["floor"], found["n"]) == (7, 2.0, 0.5, 20)
     assert peers.kept_row(one, "peer", args) == json.loads(json.dumps(found))
     (tmp_path / "log").write_text("no object")
     with pytest.raises(peers.Problem, match="no JSON"):
         peers.last_line(tmp_path / "log")
-
-
-def test_what_evaluate_says_when_it_fails_is_told(tmp_path, monkeypatch):
-    args, _ = peers.parse(ARGS)
-    failed = subprocess.CompletedProcess([], 2, "", "warning: a\nerror: no file none.npz\n")
-    monkeypatch.setattr(peers.subprocess, "run", lambda command, **more: failed)
-    with pytest.raises(peers.Problem, match="^no file none.npz$"):
-        peers.quality_of(tmp_path / "none.npz", args)
 
 
 def test_the_table_of_equal_time(tmp_path, capsys):

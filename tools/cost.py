@@ -16,7 +16,6 @@ What was measured is kept in OUT/cost.json, and not measured again on the same p
 docs/peers.md, between the marks that stand there.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -30,7 +29,6 @@ import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +37,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # from whatever directory this is run
 
-from peers import PAGE, machines, put
-from scoreboard import Problem, Watch, commit, leave_at_sigterm, processor, read_json, write_json
+from peers import machines, parser_of, put
+from scoreboard import Problem, Watch, commit, exit_code, leave_at_sigterm, peak_mb, processor, read_json, write_json
 
 # flags: the same at every side; depth: the flag that says how deep the network is, and its values
 Case = namedtuple("Case", "name script flags depth values")
@@ -69,15 +67,6 @@ Size = namedtuple("Size", "side batch depth")  # depth: None is the script's def
 
 class Enough(Exception):
     """Raised to leave the training."""
-
-
-def peak_mb():
-    """The most memory that this process has held, in MB; None where that is not known."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def forget_peak():
@@ -288,62 +277,48 @@ def tables(kept):
 
 
 def parse(argv):
-    def fail(message):
-        raise Problem(message)
-
-    scripts = list(dict.fromkeys(case.script for case in CASES))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--models", nargs="+", default=["all"], choices=["all", "none", *scripts], metavar="NAME",
-                        help=f"{', '.join(scripts)}, all or none [all]")
+    parser = parser_of(__doc__, list(dict.fromkeys(case.script for case in CASES)))
     parser.add_argument("--seconds", type=float, default=1.0, help="for the steps or calls of a figure (> 0 to 1000) [1]")
-    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="folder of cost.json [runs/peers]")
-    parser.add_argument("--write", nargs="?", type=Path, const=PAGE, metavar="PAGE.md",
-                        help="put the tables into the page [docs/peers.md]")
     args = parser.parse_args(argv)
-    if not 0 < args.seconds <= 1000:
-        fail(f"--seconds {args.seconds}: must be from above 0 to 1000")
+    parser.check(args, seconds=(None, 1000))
     return args, [case for case in CASES if {"all", case.script} & set(args.models)]
 
 
-def main(argv=None):
-    """The command line; returns the exit code: 1 where something could not be measured."""
+def work(argv):
+    """Measure what is not there yet, and write the page -> the exit code: 1 where something could not be measured."""
     code = 0
-    try:
-        args, cases = parse(argv)
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "cost.json"
-        here = {"processor": processor(), "torch": torch.__version__}
-        kept = read_json(path) or {}
-        if cases and any(kept.get(name) != value for name, value in here.items()):
-            kept = here | {"commit": commit(), "busy": {}, "found": {}}
-        for case, size, what in plan(cases):
-            key = key_of(case, size, what)
-            if key in kept["found"]:
-                continue
-            watch = Watch()
-            try:
-                kept["found"][key] = in_process(case, size, what, args.seconds)
-            except (BrokenProcessPool, Exception) as error:  # whatever a script raises: the others go on
-                print(f"error: {key}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-                code = 1
-                continue
-            for name, share in watch.busy().items():
-                kept["busy"][name] = max(share, kept["busy"].get(name, 0))
-            write_json(path, kept)
-            entry = kept["found"][key]
-            memory = "" if entry["mb"] is None else f", {entry['mb']:.0f} MB"
-            print(f"{key}: {1000 * entry['seconds']:.3g} ms{memory}", flush=True)
-        if args.write:
-            put(args.write, "cost", tables(kept))
-    except KeyboardInterrupt:
-        print("error: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (Problem, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args, cases = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "cost.json"
+    here = {"processor": processor(), "torch": torch.__version__}
+    kept = read_json(path) or {}
+    if cases and any(kept.get(name) != value for name, value in here.items()):
+        kept = here | {"commit": commit(), "busy": {}, "found": {}}
+    for case, size, what in plan(cases):
+        key = key_of(case, size, what)
+        if key in kept["found"]:
+            continue
+        watch = Watch()
+        try:
+            kept["found"][key] = in_process(case, size, what, args.seconds)
+        except Exception as error:  # whatever a script raises: the others go on
+            print(f"error: {key}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            code = 1
+            continue
+        for name, share in watch.busy().items():
+            kept["busy"][name] = max(share, kept["busy"].get(name, 0))
+        write_json(path, kept)
+        entry = kept["found"][key]
+        memory = "" if entry["mb"] is None else f", {entry['mb']:.0f} MB"
+        print(f"{key}: {1000 * entry['seconds']:.3g} ms{memory}", flush=True)
+    if args.write:
+        put(args.write, "cost", tables(kept))
     return code
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return exit_code(work, argv, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Leave the machine alone meanwhile. On Linux each row notes the other processes t
 --write puts the tables of the rows in OUT into docs/peers.md, between the marks that stand there.
 """
 
-import argparse
 import json
 import site
 import statistics
@@ -35,11 +34,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # from whatever directory this is run
 
+from evaluate import evaluate, read_samples
 from scoreboard import (
     STAGE1,
+    Parser,
     Problem,
     Watch,
     commit,
+    exit_code,
     leave_at_sigterm,
     likelihood_text,
     processor,
@@ -147,15 +149,6 @@ def last_line(log):
         raise Problem(f"the last line of {log} is no JSON object") from error
 
 
-def quality_of(samples, args):
-    """What tools/evaluate.py says, as a dict. In a process of its own: a program that a large one starts counts as large."""
-    command = [sys.executable, ROOT / "tools" / "evaluate.py", samples, "--dataset", args.dataset, "--data-dir", args.data_dir]
-    said = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True)
-    if said.returncode:
-        raise Problem((said.stderr.strip().splitlines() or ["tools/evaluate.py failed"])[-1].removeprefix("error: "))
-    return json.loads(said.stdout)
-
-
 def make(peer, who, args, python):
     """Train, sample and measure one program; what was found is written to its file."""
     name = identity(peer, who, args)
@@ -171,7 +164,8 @@ def make(peer, who, args, python):
         found = {"package": f"{peer.family}.py"} | trained_figures(Script(peer.family), folder)
     else:
         found = last_line(log)
-    quality = quality_of(folder / "samples.npz", args)
+    images, labels = read_samples(folder / "samples.npz")
+    quality = evaluate(images, args.dataset, args.data_dir, labels)
     found |= {"family": peer.family, "who": who, "dataset": args.dataset, "minutes": args.minutes, "seed": args.seed,
               "command": " ".join(command), "n": quality["n"], "eval_images": args.eval_images, "peak_mb": peak,
               "distance": quality["frechet_at_floor_n"], "floor": quality["floor"]["frechet"],
@@ -396,16 +390,19 @@ def put(page, name, text):
 # ---- the command line
 
 
-def parse(argv):
-    def fail(message):
-        raise Problem(message)
+def parser_of(doc, names):
+    """A parser with the flags that this program and tools/cost.py share; names are those that --models knows."""
+    parser = Parser(doc)
+    parser.add_argument("--models", nargs="+", default=["all"], choices=["all", "none", *names], metavar="NAME",
+                        help=f"{', '.join(names)}, all or none [all]")
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="folder of what was measured [runs/peers]")
+    parser.add_argument("--write", nargs="?", type=Path, const=PAGE, metavar="PAGE.md",
+                        help="put the tables into the page [docs/peers.md]")
+    return parser
 
-    families = [peer.family for peer in PEERS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--models", nargs="+", default=["all"], choices=["all", "none", *families], metavar="NAME",
-                        help=f"{', '.join(families)}, all, or none: only the environment [all]")
+
+def parse(argv):
+    parser = parser_of(__doc__, [peer.family for peer in PEERS])
     parser.add_argument("--dataset", default="mnist", choices=("mnist", "fashion_mnist"), help="[mnist]")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training for each program (> 0 to 100000) [2]")
     parser.add_argument("--num-samples", type=int, default=500, help="for the distance (10 to 1000000) [500]")
@@ -416,38 +413,29 @@ def parse(argv):
     parser.add_argument("--pairs", type=int, default=3, help="of timings, for --equal-network (1 to 100) [3]")
     parser.add_argument("--data-dir", default="data", help="folder where data sets are looked for [data]")
     parser.add_argument("--venv", type=Path, default=Path("runs/peers/venv"), help="the environment [runs/peers/venv]")
-    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="folder of rows and runs [runs/peers]")
-    parser.add_argument("--write", nargs="?", type=Path, const=PAGE, metavar="PAGE.md",
-                        help="put the tables into the page [docs/peers.md]")
     args = parser.parse_args(argv)
-    bounds = {"minutes": (0, 100_000), "num_samples": (10, 1_000_000), "eval_images": (0, 10_000), "seed": (0, 2**32 - 1),
-              "pairs": (1, 100)}
-    for name, (least, most) in bounds.items():
-        value = getattr(args, name)
-        if not least <= value <= most or name == "minutes" and value == 0:
-            fail(f"--{name.replace('_', '-')} {value}: must be from {'above 0' if name == 'minutes' else least} to {most}")
+    parser.check(args, minutes=(None, 100_000), num_samples=(10, 1_000_000), eval_images=(0, 10_000), seed=(0, 2**32 - 1),
+                 pairs=(1, 100))
     return args, [peer for peer in PEERS if {"all", peer.family} & set(args.models)]
 
 
-def main(argv=None):
-    """The command line; returns the exit code: 1 where a row could not be made."""
+def work(argv):
+    """Make the environment, the rows and the page -> the exit code: 1 where a row could not be made."""
     code = 0
-    try:
-        args, peers = parse(argv)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if peers or not args.write:  # the page alone needs no environment
-            python = make_environment(args.venv.absolute())
-            code = equal_network(args, python) if args.equal_network else equal_time(peers, args, python)
-        if args.write:
-            put(args.write, "equal time", time_tables(args.out))
-            put(args.write, "equal network", equal_table(args.out))
-    except KeyboardInterrupt:
-        print("error: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (Problem, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args, peers = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if peers or not args.write:  # the page alone needs no environment
+        python = make_environment(args.venv.absolute())
+        code = equal_network(args, python) if args.equal_network else equal_time(peers, args, python)
+    if args.write:
+        put(args.write, "equal time", time_tables(args.out))
+        put(args.write, "equal network", equal_table(args.out))
     return code
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return exit_code(work, argv, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -156,26 +156,26 @@ class Watch:
         return {name: round(seconds / elapsed, 3) for name, seconds in self.taken.most_common() if seconds > LIMIT * elapsed}
 
 
-def peak_of(process):
-    """The peak of a running process's memory so far in MB, 0 where it is not known.
+def peak_mb(process="self"):
+    """The peak of the memory of a running process, given by its number, so far in MB; None where it is not known.
 
-    It is not the ru_maxrss of wait4: that begins at the memory of the program that started the process.
+    It is not the ru_maxrss of getrusage: that begins at the memory of the program that started the process.
     """
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 2**10
-    return 0
+    return None
 
 
 def run_command(command, log, watch):
     """Run a command of the project, its output into the file `log` -> its peak of memory in MB, None where it is not known."""
     with open(log, "w") as file:  # in a session of its own: Ctrl-C comes here alone
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    peak = 0
+    peak = None
     try:
         while process.poll() is None:
-            peak = max(peak, peak_of(process))
+            peak = peak_mb(process.pid) or peak  # it never falls; a process that has just ended has none
             watch.look()
             time.sleep(POLL)
     finally:
@@ -185,12 +185,43 @@ def run_command(command, log, watch):
     if process.returncode:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise Problem(f"exit code {process.returncode}: {said[-1] if said else 'nothing said'} (all of it in {log})")
-    return peak or None
+    return peak
 
 
 def leave_at_sigterm():
     """SIGTERM ends this program as an exception does, so run_command ends the script that it runs."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def exit_code(work, argv, when_stopped):
+    """work(argv) -> its exit code; 130 where Ctrl-C stopped it, 2 where it cannot go on, each with one line."""
+    try:
+        return work(argv)
+    except KeyboardInterrupt:
+        print(f"error: stopped; {when_stopped}", file=sys.stderr)
+        return 130
+    except (Problem, OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong with a command line is a Problem. The help begins with the docstring of the program."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise Problem(message)
+
+    def check(self, args, **bounds):
+        """bounds: the name of a number -> the least and the most that it may be; a least of None means above 0."""
+        for name, (least, most) in bounds.items():
+            value = getattr(args, name)
+            large_enough = value > 0 if least is None else value >= least
+            if not (large_enough and value <= most):
+                wanted = f"from {'above 0' if least is None else least} to {most}"
+                self.error(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
 
 # ---- one row
@@ -537,12 +568,7 @@ def chosen(models, seeds):
 
 
 def parse(argv):
-    def fail(message):
-        raise Problem(message)
-
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = fail
+    parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["all"], metavar="NAME",
                         help="rows, scripts, all, best or none [all]")
     parser.add_argument("--dataset", default="mnist", choices=list(SHAPES), help="[mnist]")
@@ -555,10 +581,7 @@ def parse(argv):
     parser.add_argument("--write", nargs="?", type=Path, const=ROOT / "docs" / "scoreboard.md", metavar="PAGE.md",
                         help="write the page [docs/scoreboard.md]")
     args = parser.parse_args(argv)
-    for name, least, most in (("minutes", 0, 100_000), ("seeds", 1, 100), ("num_samples", 10, 1_000_000)):
-        value = getattr(args, name)
-        if not least <= value <= most or value == 0:
-            fail(f"--{name.replace('_', '-')} {value}: must be from {least or 'above 0'} to {most}")
+    parser.check(args, minutes=(None, 100_000), seeds=(1, 100), num_samples=(10, 1_000_000))
     return args, chosen(args.models, args.seeds)
 
 
@@ -570,35 +593,33 @@ def summary(found):
     return text
 
 
-def main(argv=None):
-    """The command line; returns the exit code: 1 where a row could not be made."""
+def work(argv):
+    """Make the rows and the page -> the exit code: 1 where a row could not be made."""
     code = 0
-    try:
-        args, rows = parse(argv)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if rows and not Path("/proc/stat").exists():
-            print("note: there is no /proc here, so other busy processes are not seen", file=sys.stderr)
-        for row, seed in rows:
-            name = identity(row, args, seed)
-            kept = read_json(args.out / f"{name}.json")
-            if kept and (kept["command"], kept["n"]) == (command_of(row, args), args.num_samples):
-                print(f"{name}: there already, {kept['processor']}")
-                continue
-            print(f"{name}: {command_of(row, args)}", flush=True)
-            try:
-                print(f"  {summary(make(row, args, seed))}", flush=True)
-            except (Problem, ValueError) as error:
-                print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
-                code = 1
-        if args.write:
-            write_page(args.out, args.write)
-    except KeyboardInterrupt:
-        print("error: stopped; --resume goes on", file=sys.stderr)
-        return 130
-    except (Problem, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args, rows = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if rows and not Path("/proc/stat").exists():
+        print("note: there is no /proc here, so other busy processes are not seen", file=sys.stderr)
+    for row, seed in rows:
+        name = identity(row, args, seed)
+        kept = read_json(args.out / f"{name}.json")
+        if kept and (kept["command"], kept["n"]) == (command_of(row, args), args.num_samples):
+            print(f"{name}: there already, {kept['processor']}")
+            continue
+        print(f"{name}: {command_of(row, args)}", flush=True)
+        try:
+            print(f"  {summary(make(row, args, seed))}", flush=True)
+        except (Problem, ValueError) as error:
+            print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+            code = 1
+    if args.write:
+        write_page(args.out, args.write)
     return code
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return exit_code(work, argv, "--resume goes on")
 
 
 if __name__ == "__main__":

@@ -804,12 +804,12 @@ def test_bad_flags_are_one_line(flags, digits, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, bar", [
-    ("--steps 60", 6.0), ("--arch glow --coupling affine --steps-per-scale 2 --lr 0.01 --steps 100", 7.1),
-    ("--arch glow --coupling spline --steps-per-scale 2 --lr 0.01 --steps 100", 7.1)])  # 5.1, 6.7, 6.6
+    ("--steps 60 --width 32 --warmup 20", 6.0), ("--steps 100 --width 32 --warmup 20 --arch glow --coupling affine "
+     "--steps-per-scale 2 --lr 0.01", 7.1), ("--steps 120 --arch glow --coupling spline", 6.5)])  # 5.1, 6.7
 def test_a_short_training_learns_digits(flags, bar, tmp_path):
     """Bits/dim of 100 test images; noise has 8, an untrained flow 8.4."""
     out = tmp_path / "run"
-    flow.main([*"--width 32 --warmup 20 --eval-images 100 --num-samples 1 --out".split(), str(out), *flags.split()])
+    flow.main([*"--eval-images 100 --num-samples 1 --out".split(), str(out), *flags.split()])
     assert final(out)["test_bpd"] < bar
 
 

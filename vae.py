@@ -77,6 +77,7 @@ class Config:
     beta: float = 1.0  # weight of the KL (0 to 1000000)
     kl_warmup: int = 1000  # steps in which that weight rises from 0 to --beta (>= 0)
     free_nats: float = 0.0  # nats of KL a level that cost nothing, the free bits of the IAF paper (0 to 1000000)
+    optimizer: Literal["muon", "adam"] = "muon"  # of the matrices inside the network; all else moves by Adam
     warmup: int = 100  # steps in which the learning rate rises from 0 to --lr (>= 0)
     decay: int = 2000  # step from which on the learning rate falls as 1 / sqrt(step) (> 0)
     # evaluation and sampling, free to change on a trained model
@@ -86,7 +87,7 @@ class Config:
     dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, a folder of images or a FILE.npz
     image_size: int = 0  # resize images to this many pixels a side, 0 leaves them as they are (0 to 4096)
     batch_size: int = 100  # images a step, over all processes (1 to 65536)
-    lr: float = 2e-3  # learning rate of Adam (> 0)
+    lr: float = 2e-3  # learning rate (> 0)
     seed: int = 0  # seed of everything random (0 to 4294967295)
     ema: float = 0.15  # share of the run so far over which the weights are averaged, not a decay rate (> 0 to 0.5)
     init: str | None = None  # start from the weights of the run in this folder, of the same script and network
@@ -454,7 +455,8 @@ def train(data, cfg, run):
     """No schedule knows when the run will end, so it may be stopped, or continued for longer, at any step."""
     model = build(run.shape, cfg).to(run.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.99), fused=True)
+    inside = [model.up, model.to_top, model.down, model.flow, model.iaf] if cfg.optimizer == "muon" else []
+    optimizer = Muon(model, inside, cfg.lr, (0.9, 0.99))
     objective = torch.compile(loss) if cfg.compile else loss
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)):
@@ -569,7 +571,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -881,9 +883,12 @@ def restore(parts, saved, folder):
     for name, part in parts.items():
         try:
             part.load_state_dict(saved[name])
+            matrices = set(part.param_groups[1]["params"]) if isinstance(part, Muon) else ()
             for p, state in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                if {key: v.shape for key, v in state.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-                    raise ValueError("Adam's moments are not there or of other shapes")  # PyTorch does not look
+                adam = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                wanted = {"exp_avg": p.shape} if p in matrices else adam
+                if {key: v.shape for key, v in state.items()} != wanted:
+                    raise ValueError("the optimizer's moments are not there or of other shapes")  # PyTorch does not look
         except Exception as e:
             fail(f"{Path(folder, 'checkpoint.pt')}: its {name} does not fit: {e!r}")
 
@@ -938,6 +943,59 @@ def update_ema(ema, model, step, share):
     """Average the weights by the power profile of Karras et al. 2024, eq. 127; share is their 1 / (gamma + 1)."""
     decay = (1 - 1 / (step + 1)) ** (1 / share)
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def orthogonal(m):
+    """Nearly the orthogonal matrices next to m (n,rows,columns): singular values from 0.7 to 1.2.
+
+    Five steps of Newton-Schulz, x <- p x with p = 3.4445 - 4.775 s + 2.0315 s^2 and s = x x', all of them on s alone.
+    """
+    tall = m.shape[1] > m.shape[2]
+    x = m.mT if tall else m
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    one = torch.eye(x.shape[1], device=x.device)
+    s = x @ x.mT
+    q = one
+    for _ in range(5):
+        p = 3.4445 * one + (2.0315 * s - 4.775 * one) @ s
+        q = p @ q
+        s = p @ s @ p
+    return (q @ x).mT if tall else q @ x
+
+
+class Muon(torch.optim.Adam):
+    """Adam, but the matrices of `inside`, parts of the model, move by their momentum made orthogonal (Jordan 2024).
+
+    A factor makes that step about as large as Adam's, so both have one learning rate (Liu et al. 2025, eq. 4). The kernels
+    of a convolution are a matrix with a row for each output. torch.optim.Muon multiplies in bfloat16, slow on most CPUs.
+    """
+
+    def __init__(self, model, inside, lr, betas):
+        matrices = [p for part in inside for p in part.parameters() if p.ndim > 1]
+        theirs = set(matrices)
+        others = [p for p in model.parameters() if p not in theirs]
+        super().__init__([{"params": others}, {"params": matrices}], lr, betas, fused=True)
+        self._step_supports_amp_scaling = False  # the scaler of fp16 itself leaves out a step
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's wants three numbers of every parameter
+
+    @torch.no_grad()
+    def step(self):
+        shapes = defaultdict(list)  # matrices of one shape are multiplied together
+        for p in self.param_groups[1]["params"]:
+            if p.grad is not None:
+                shapes[p.shape].append(p)
+        for shape, params in shapes.items():
+            grads = [p.grad for p in params]
+            momenta = [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(momenta, grads, 0.05)
+            ahead = torch.stack(torch._foreach_lerp(grads, momenta, 0.95)).flatten(2)  # Nesterov's momentum
+            size = self.param_groups[0]["lr"] * 0.2 * max(ahead.shape[1:]) ** 0.5
+            torch._foreach_add_(params, list((-size * orthogonal(ahead)).unflatten(2, shape[1:])))
+            for p in params:
+                p.grad = None  # Adam leaves it alone
+        super().step()
 
 
 @lru_cache(maxsize=4)

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from . import FLOATS, Spec, accumulator, autocast, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 from .decode_attention import _head, _load, _log2_scale, _rows, _store, dot_type, gpu_kind, scaled
 
+SHORT = 128  # positions up to which plain products are faster on a CPU than PyTorch's kernel, at its best from some 256 on
 LAGS = {None: -1, "causal": 0, "strict": 1}  # mask: i sees j where i - j >= lag; -1: everywhere
 DBIAS_PAIRS = 64  # pairs of tiles that a program of the bias gradient adds up, about, where programs can be spared
 PLAIN_SCORES = 1 << 22  # scores that the plain form with a bias holds at once, or one row of the image
@@ -60,11 +61,21 @@ def attention_torch(q, k, v, mask=None, bias=None, scale=None):
     """The fastest plain form: PyTorch's kernels; "strict" is "causal" with keys one earlier; a bias goes by image rows."""
     if bias is not None:
         return _attention_bias_torch(q, k, v, LAGS[mask], bias, scale)
-    options = {"is_causal": mask is not None, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if mask != "strict":
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    y = F.scaled_dot_product_attention(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], **options)
+        return _attention_torch(q, k, v, mask == "causal", scale)
+    y = _attention_torch(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], True, scale)
     return F.pad(y, (0, 0, 1, 0))[:, :, :q.shape[2]]
+
+
+def _attention_torch(q, k, v, causal, scale):
+    """PyTorch's kernel; of few positions on a CPU plain products, which need no tiles."""
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type != "cpu" or k.shape[2] > SHORT or grouped:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    s = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT  # (B, n_head, T, T_k)
+    if causal:
+        s = s + torch.full(s.shape[2:], -float("inf"), dtype=s.dtype).triu(1)
+    return torch.softmax(s, -1) @ v
 
 
 def _attention_bias_torch(q, k, v, lag, bias, scale):

@@ -15,12 +15,28 @@ from T_max alone, and the programs share out what length they find.
 When not: for one head and a short cache any form is as fast; on the CPU PyTorch's own kernel is.
 """
 
+import contextlib
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from . import FLOATS, INTERPRETING, Spec, accumulator, autocast, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
+from . import (
+    FLOATS,
+    INTERPRETING,
+    Spec,
+    accumulator,
+    autocast,
+    by_mkl,
+    cdiv,
+    jit,
+    launch,
+    operator,
+    power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 
 DECODE_CHUNK = 256  # least number of keys that are worth a program
 MOST_SPLITS = 32  # shares of a head's keys
@@ -44,7 +60,8 @@ def decode_attention_torch(q, k_cache, v_cache, length, scale=None):
     if not isinstance(length, torch.Tensor):
         k = k_cache[:, :, :length]
         v = v_cache[:, :, :length]
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        with contextlib.nullcontext() if q.device.type != "cpu" or torch.compiler.is_compiling() else by_mkl():
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     j = torch.arange(k_cache.shape[2], device=q.device)
     behind = (j >= length)[:, None]
     k = k_cache.masked_fill(behind, 0)

@@ -1,5 +1,7 @@
 """tools/scoreboard.py: a tiny scoreboard end to end, what is kept and what is made anew, other processes, page; record.py."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -202,8 +204,8 @@ def test_a_busy_row_is_said(rows, tmp_path, capsys):
     assert "not alone: other processes took, of a core, cc1 40%" in board.summary(result)
     for seed, processor in ((0, "P"), (1, "P"), (2, "Q")):
         r = result | {"seed": seed, "processor": processor, "distance": 1.0 + seed}
+        r["strip"] = board.strip_of(np.zeros((12, 8, 8, 1), np.uint8))
         board.write_json(tmp_path / f"digits-1min-gan-tiny-{seed}.json", r)
-        Image.new("L", (100, 10)).save(tmp_path / f"digits-1min-gan-tiny-{seed}.png")
     (tmp_path / "digits-1min-gan-tiny-3.json").write_text("{")  # cut short
     assert board.main(["--models", "none", "--out", str(tmp_path), "--write", str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text()
@@ -212,6 +214,23 @@ def test_a_busy_row_is_said(rows, tmp_path, capsys):
     assert " | 1.000, 2.000 | " in lines[0] and " | 3.000 | " in lines[1]
     assert "Processor 1: P, PyTorch 2." in text and "Processor 2: Q, PyTorch 2." in text
     assert "- Not alone: gan-tiny, seed 0: other processes took, of a core, cc1 40%." in text
+
+    # another sitting, in another folder: the rows of before stay, one that was made again is replaced
+    other = tmp_path / "other"
+    other.mkdir()
+    for seed in (1, 4):
+        board.write_json(other / f"{seed}.json", r | {"seed": seed, "processor": "P", "distance": 5.0 + seed})
+    assert board.main(["--models", "none", "--out", str(other), "--write", str(tmp_path / "page.md")]) == 0
+    lines = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| **gan-tiny**")]
+    assert len(lines) == 2 and " | 1.000, 6.000, 9.000 | " in lines[0] and " | 3.000 | " in lines[1]
+
+
+def test_a_strip_is_the_first_samples_in_a_row():
+    images = np.arange(12 * 8 * 8, dtype=np.uint8).reshape(12, 8, 8, 1)
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(board.strip_of(images)))))
+    assert strip.shape == (10, 100)
+    for i in range(10):
+        assert np.array_equal(strip[1:9, 10 * i + 1:10 * i + 9], images[i, :, :, 0])
 
 
 def test_likelihoods_are_named_for_what_they_are():

@@ -16,11 +16,13 @@ Leave the machine alone meanwhile. On Linux each row notes the other processes t
 5 % of a core while it was made. A row names its processor and its versions of PyTorch and the code,
 and is never made of two processors: a run that another one began is begun anew.
 
---write makes a page of all rows in OUT, and beside it, for each data set and time, a picture of
-samples and a plot of the distance against the time of sampling.
+--write makes a page of all rows in OUT and of those that the page had before, which a file beside it
+keeps. So a page may grow in several sittings. Beside it stand, for each data set and time, a picture
+of samples and a plot of the distance against the time of sampling.
 """
 
 import argparse
+import base64
 import contextlib
 import importlib
 import io
@@ -320,11 +322,13 @@ def trained_figures(row, folder):
     return found | likelihood(row.script, config, final)
 
 
-def save_strip(images, path):
-    """The first samples in one row, on white."""
+def strip_of(images):
+    """The first samples in one row, on white: a PNG as text, which a result in JSON can hold."""
     x = images[:STRIP]
     strip = np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in x], 1)
-    Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip).save(path)
+    file = io.BytesIO()
+    Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def make(row, args, seed):
@@ -376,7 +380,7 @@ def make(row, args, seed):
     sampling_seconds(row, folder, 1)  # the first call is slower
     found["seconds_1"] = sampling_seconds(row, folder, 1)
     found["seconds_64"] = sampling_seconds(row, folder, 64)
-    save_strip(images, args.out / f"{name}.png")
+    found["strip"] = strip_of(images)
     found["busy"] = watch.busy()
     write_json(args.out / f"{name}.json", found)
     return found
@@ -452,7 +456,7 @@ def table(groups):
     return "\n".join(lines)
 
 
-def draw_samples(groups, out, path):
+def draw_samples(groups, path):
     """A row of samples for each row of the table."""
     from matplotlib.figure import Figure
 
@@ -460,7 +464,7 @@ def draw_samples(groups, out, path):
     axes = np.atleast_1d(figure.subplots(len(groups), 1, squeeze=False)[:, 0])
     for axis, g in zip(axes, groups, strict=True):
         r = g.rows[0]
-        strip = Image.open(out / f"{r['dataset']}-{r['minutes']:g}min-{r['row']}-{r['seed']}.png")
+        strip = Image.open(io.BytesIO(base64.b64decode(r["strip"])))
         axis.imshow(np.asarray(strip), cmap="gray", vmin=0, vmax=255)
         axis.set_title(g.row.name, x=-0.02, y=0.35, ha="right", fontsize=9)
         axis.axis("off")
@@ -511,14 +515,14 @@ one after another.
 """
 
 
-def section(results, out, page):
+def section(results, page):
     """The part of the page about one data set and time, with its two pictures."""
     groups = groups_of(results)
     first = results[0]
     key = f"{first['dataset']}-{first['minutes']:g}min"
     samples = page.with_name(f"{page.stem}-{key}-samples.png")
     plot = page.with_name(f"{page.stem}-{key}.png")
-    draw_samples(groups, out, samples)
+    draw_samples(groups, samples)
     draw_plot(groups, plot)
     ns = sorted({r["n"] for r in results})
     commits = ", ".join(sorted({r["commit"] for r in results if r["commit"]})) or "unknown"
@@ -537,15 +541,25 @@ def section(results, out, page):
 
 
 def write_page(out, page):
-    """The page of all rows in a folder; Problem where there are none."""
+    """The page of all rows in a folder and of those that the page has already; Problem where there are none.
+
+    The file beside the page, of the same name with .json, keeps the rows, so that they may be made in several sittings.
+    """
     names = {row.name for row in ROWS}
-    results = [r for path in sorted(out.glob("*.json")) if (r := read_json(path)) and r.get("row") in names]
+    kept = page.with_suffix(".json")
+    found = [*(read_json(kept) or []), *(read_json(path) for path in sorted(out.glob("*.json")))]
+    results = {}
+    for r in found:
+        if isinstance(r, dict) and r.get("row") in names:
+            results[r["dataset"], r["minutes"], r["row"], r["seed"], r["processor"], r["torch"]] = r  # a later one counts
+    results = list(results.values())
     if not results:
         raise Problem(f"{out}: holds no finished row")
     keys = sorted({(r["dataset"], r["minutes"]) for r in results}, key=lambda key: (key[0] != "mnist", key))
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [section([r for r in results if (r["dataset"], r["minutes"]) == key], out, page) for key in keys]
+    parts = [section([r for r in results if (r["dataset"], r["minutes"]) == key], page) for key in keys]
     page.write_text("\n".join([INTRO, *parts]), encoding="utf-8")
+    write_json(kept, results)
     print(f"{page}: {len(results)} rows")
 
 

@@ -446,3 +446,18 @@ def test_auto_prefers_pytorch_where_it_wins(monkeypatch):
     for mask in (None, "causal", "strict", table(2, 3)):
         attention(q, k, v, mask)
     assert left == [True, True, True, False]
+
+
+@pytest.mark.parametrize("T", [128, 129])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_plain_form_of_few_and_of_many_positions(mask, T):
+    """Products up to SHORT positions, PyTorch's kernel from there on; values and gradients of both."""
+    assert module.SHORT == 128
+    x = leaves(inputs(T, 16, 2, 2), torch.float32)
+    wide = leaves(x, torch.float64)
+    y = module.attention_torch(*x, mask, scale=0.4)
+    want = attention_reference(*wide, mask, scale=0.4)
+    dy = torch.randn_like(want)
+    assert_near(y, want, 1e-5)
+    for got, right in zip(torch.autograd.grad(y, x, dy.float()), torch.autograd.grad(want, wide, dy), strict=True):
+        assert_near(got, right, 1e-5)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,3 +154,62 @@ def test_importing_does_not_import_the_compiler():
     assert done.stdout.strip() == "False", done.stderr
     compiled = torch.compile(lambda x: x + kernels.available("cpu")[0], backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), float(kernels.available("cpu")[0])))
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The setting of float32 products, as PyTorch has it at first; put back at the end."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    kernels.fast_products.cache_clear()
+    yield settings
+    settings.fp32_precision = before
+    kernels.fast_products.cache_clear()
+
+
+def test_products_of_float32_stay_exact(products):
+    """Whichever library multiplies after `choose`: the error is that of float32, not a thousandth of the values."""
+    kernels.choose(kernels.mode, "cpu")
+    a = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(500, 200, generator=torch.Generator().manual_seed(1))
+    error = ((a @ b).double() - a.double() @ b.double()).abs().max()
+    assert error < 1e-4 * (a.abs().double() @ b.abs().double()).max()
+    assert error < 3e-4
+
+
+def test_a_cpu_that_rounds_keeps_its_setting(products, monkeypatch):
+    """Where a product that may be rounded is rounded, as CPUs with units for bfloat16 do, it may not be."""
+    plain = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        if a.dtype == torch.float32 and products.fp32_precision == "bf16":
+            return plain(a.bfloat16().double(), b.bfloat16().double()).float()
+        return plain(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    kernels.choose(kernels.mode, "cpu")
+    assert products.fp32_precision == "ieee"
+
+
+def test_only_a_cpu_needs_them(products, monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda device=None: (True, ""))
+    kernels.choose(kernels.mode, "cuda")
+    assert products.fp32_precision == "ieee"
+
+
+def test_no_setting_in_an_older_pytorch(products, monkeypatch):
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace(is_available=lambda: True))
+    kernels.choose(kernels.mode, "cpu")
+    with kernels.by_mkl():
+        assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8
+
+
+def test_a_block_by_mkl(products):
+    """It undoes the setting, and puts it back after an error too; a setting of the user's own stays."""
+    for before in ("bf16", "tf32", "ieee"):
+        products.fp32_precision = before
+        with pytest.raises(KeyError), kernels.by_mkl():
+            assert products.fp32_precision == ("ieee" if before == "bf16" else before)
+            raise KeyError
+        assert products.fp32_precision == before

@@ -62,7 +62,7 @@ ROWS = [
         of="flow-transformer", same=True),
     Row("flow-learned", "flow", "remedy: a learned inverse", "--learn-inverse", tunes=True),
     Row("gan-minimax", "gan", "weakness: the first loss", "--loss minimax"),
-    Row("gan-relativistic", "gan", "remedy: a relativistic loss with penalties", best=True),
+    Row("gan-relativistic", "gan", "remedy: a relativistic loss with penalties", "--amp bf16", best=True),
     Row("autoregressive-naive", "autoregressive", "weakness: the network runs once for each pixel",
         sampling="--sampler naive", of="autoregressive-8bit", same=True),
     Row("autoregressive-jacobi", "autoregressive", "remedy: fixed-point sampling", sampling="--sampler jacobi",

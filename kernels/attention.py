@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from . import FLOATS, Spec, accumulator, autocast, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 from .decode_attention import _head, _load, _log2_scale, _rows, _store, dot_type, gpu_kind, scaled
 
-SHORT = 128  # positions up to which plain products are faster on a CPU than PyTorch's kernel, at its best from some 256 on
+SHORT = 256  # positions up to which plain products are faster on a CPU than PyTorch's kernel, whose tiles are small
 LAGS = {None: -1, "causal": 0, "strict": 1}  # mask: i sees j where i - j >= lag; -1: everywhere
 DBIAS_PAIRS = 64  # pairs of tiles that a program of the bias gradient adds up, about, where programs can be spared
 PLAIN_SCORES = 1 << 22  # scores that the plain form with a bias holds at once, or one row of the image

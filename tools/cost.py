@@ -180,7 +180,7 @@ def measure(case, size, what, budget):
                 seconds = step_seconds(module, argv, limit, stage2)
             else:
                 seconds = sample_seconds(module, argv, 1 if small else what, limit)
-    return {"seconds": seconds, "mb": None if before is None else peak_mb() - before}
+    return {"seconds": seconds, "mb": None if before is None else max(0.0, peak_mb() - before)}
 
 
 # ---- all of them

@@ -77,14 +77,15 @@ BESIDE = ["einops==0.8.2", "einx==0.4.3", "ema-pytorch==0.8.3", "frozendict==2.5
 # Two programs with networks as equal as their flags allow. steps: few and many
 Equal = namedtuple("Equal", "name ours peer batch steps says")
 EQUAL = [
-    Equal("diffusion", "diffusion.py --no-labels --blocks 2", "peer_diffusion.py --patch 2 --mults 1 2", 32, (10, 130),
+    Equal("diffusion", "diffusion.py --no-labels --optimizer adam --blocks 2", "peer_diffusion.py --patch 2 --mults 1 2", 32,
+          (10, 130),
           "U-Nets over patches of 2 x 2 pixels, two levels of 32 and 64 channels, two residual blocks a level"),
     Equal("flow", "flow.py --no-labels --arch glow --coupling affine --image-size 32 --scales 3", "peer_flow.py", 64, (10, 110),
           "Glow with three scales of eight affine couplings, 64 channels, images of 32 x 32"),
-    Equal("autoregressive", "autoregressive.py --no-labels --output bernoulli --patch 1",
+    Equal("autoregressive", "autoregressive.py --no-labels --optimizer adam --output bernoulli --patch 1",
           "peer_autoregressive.py --head-dim 32", 4, (5, 25),
           "transformers over 784 pixels, width 128, 4 layers, 4 heads of 32, fused attention"),
-    Equal("autoregressive, default attention", "autoregressive.py --no-labels --output bernoulli --patch 1",
+    Equal("autoregressive, default attention", "autoregressive.py --no-labels --optimizer adam --output bernoulli --patch 1",
           "peer_autoregressive.py --head-dim 32 --no-flash", 4, (5, 25), "the same with the peer's default attention"),
     Equal("vqgan", "vqgan.py --no-labels --stage1 100000 --disc-weight 0",
           "peer_quantizer.py --no-labels --stage1 100000 --disc-weight 0", 32, (10, 130),

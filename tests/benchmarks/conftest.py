@@ -1,6 +1,14 @@
 """After --benchmark-only: what a kernel engineer looks for, a line a case; with --kernels-csv FILE in a file as well."""
 
+import pytest
 import table
+
+import kernels
+
+
+@pytest.fixture(autouse=True)
+def products_as_in_a_run():
+    kernels.fast_products()
 
 
 def pytest_addoption(parser):

@@ -259,3 +259,23 @@ def test_the_size_from_which_the_kernel_is_taken(monkeypatch):
     for given in lengths(3):
         decode_attention(*cache(5), given)
     assert asked == [module.LEAST, 0, 0, 0, 0]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's libraries")
+def test_on_a_cpu_it_goes_by_mkl(monkeypatch):
+    """Where float32 products go by oneDNN, which is slow for one position; the setting is put back."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    seen = []
+
+    def watched(*args, plain=F.scaled_dot_product_attention, **options):
+        seen.append(settings.fp32_precision)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", watched)
+    try:
+        settings.fp32_precision = "bf16"
+        decode_attention_torch(*cache(), 40)
+        assert seen == ["ieee"] and settings.fp32_precision == "bf16"
+    finally:
+        settings.fp32_precision = before

@@ -179,3 +179,29 @@ def test_which_matrices(line, tmp_path, monkeypatch):
     found = {key for key, p in parameters.items() if id(p) in matrices}
     assert found == {key for key, p in parameters.items() if begins and key.startswith(begins) and p.ndim > 1}
     assert number is None or len(found) == number
+
+
+CHANGES = {  # of what is kept of a matrix, or of a bias
+    "another shape": lambda state, matrix, bias: state[matrix].update(exp_avg=state[matrix]["exp_avg"][:1]),
+    "nothing kept": lambda state, matrix, bias: state[matrix].clear(),
+    "what Adam keeps": lambda state, matrix, bias: state[matrix].update(
+        step=torch.tensor(3.0), exp_avg_sq=state[matrix]["exp_avg"].abs()),
+    "a bias as a matrix": lambda state, matrix, bias: [state[bias].pop(key) for key in ("step", "exp_avg_sq")],
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_state_that_does_not_fit(what, tmp_path, capsys):
+    model = Net()
+    optimizer = script.Muon(model, [model.inside], 0.01, (0.9, 0.99))
+    gradients(model, 0)
+    optimizer.step()
+    saved = {"optimizer": copy.deepcopy(optimizer.state_dict())}
+    again = script.Muon(model, [model.inside], 0.01, (0.9, 0.99))
+    script.restore({"optimizer": again}, copy.deepcopy(saved), tmp_path)
+    bias, matrix = (group["params"][-1] for group in saved["optimizer"]["param_groups"])
+    CHANGES[what](saved["optimizer"]["state"], matrix, bias)
+    with pytest.raises(SystemExit) as stopped:
+        script.restore({"optimizer": again}, saved, tmp_path)
+    assert stopped.value.code == 2
+    assert "its optimizer does not fit" in capsys.readouterr().err

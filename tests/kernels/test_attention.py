@@ -451,9 +451,9 @@ def test_auto_prefers_pytorch_where_it_wins(monkeypatch):
 @pytest.mark.parametrize("T", [256, 257])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_plain_form_of_few_and_of_many_positions(mask, T):
-    """Products up to SHORT positions, PyTorch's kernel from there on; values and gradients of both."""
+    """Products up to SHORT positions, PyTorch's kernel from there on; values and gradients of both; 19 images in 3 parts."""
     assert module.SHORT == 256
-    x = leaves(inputs(T, 16, 2, 2), torch.float32)
+    x = leaves(inputs(T, 16, 2, 19), torch.float32)
     wide = leaves(x, torch.float64)
     y = module.attention_torch(*x, mask, scale=0.4)
     want = attention_reference(*wide, mask, scale=0.4)

@@ -284,8 +284,9 @@ def test_rows_are_chosen():
     (["--minutes", "0"], "--minutes 0.0: must be"),
     (["--minutes", "nan"], "--minutes nan: must be"), (["--seeds", "101"], "--seeds 101: must be from 1 to 100"),
     (["--num-samples", "2"], "--num-samples 2: must be from 10"), (["--dataset", "cifar10"], "invalid choice: 'cifar10'"),
-    (["--frobnicate"], "unrecognized arguments"), (["--models", "none", "--write"], "holds no finished row")])
-def test_errors(argv, message, tmp_path, capsys):
+    (["--frobnicate"], "unrecognized arguments"), (["--models", "none", "--write", "page.md"], "holds no finished row")])
+def test_errors(argv, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert message in error_of(capsys, [*argv, "--out", str(tmp_path)])
 
 

@@ -495,7 +495,7 @@ def draw_plot(groups, path):
         axis.annotate(g.row.name + nats + bpd, (a, b), (6, 3), textcoords="offset points", fontsize=7)
     axis.axhline(groups[0].rows[0]["floor"], color="grey", linestyle="--", label=FLOOR)
     axis.legend(fontsize=8)
-    axis.margins(0.12)
+    axis.margins(0.2, 0.12)
     figure.savefig(path, dpi=100)
 
 

@@ -791,7 +791,7 @@ def orthogonal(m):
     tall = m.shape[1] > m.shape[2]
     x = m.mT if tall else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    one = torch.eye(x.shape[1], device=x.device)
+    one = torch.eye(x.shape[1]).to(x)
     s = x @ x.mT
     q = one
     for _ in range(5):
@@ -810,8 +810,8 @@ class Muon(torch.optim.Adam):
 
     def __init__(self, model, inside, lr, betas):
         matrices = [p for part in inside for p in part.parameters() if p.ndim > 1]
-        theirs = set(matrices)
-        others = [p for p in model.parameters() if p not in theirs]
+        taken = set(matrices)
+        others = [p for p in model.parameters() if p not in taken]
         super().__init__([{"params": others}, {"params": matrices}], lr, betas, fused=True)
         self._step_supports_amp_scaling = False  # the scaler of fp16 itself leaves out a step
 

@@ -112,10 +112,11 @@ def fast_products():
     """Let oneDNN multiply float32 matrices on the CPU: with AVX-512 it takes half of MKL's time, and is as exact.
 
     PyTorch uses oneDNN where products may be rounded to bfloat16. On a CPU with units for that it would round them. So a
-    product is tried, and everything stays as it was where it is rounded, or where PyTorch (before 2.9) has no such setting.
+    product is tried. All stays as it was where it is rounded, on other CPUs, and in PyTorch before 2.9.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None or not torch.backends.mkldnn.is_available():
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if settings is None or not avx512 or not torch.backends.mkldnn.is_available():
         return
     before = settings.fp32_precision
     a = torch.rand(256, 256, generator=torch.Generator().manual_seed(0))
@@ -125,18 +126,25 @@ def fast_products():
         settings.fp32_precision = before
 
 
+def by_onednn():
+    """Whether `fast_products` is in force."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == "bf16"
+
+
+by_onednn._dynamo_marked_constant = True
+
+
 @contextlib.contextmanager
 def by_mkl():
     """Undo `fast_products` in a block: for a matrix and a vector MKL is the faster one, up to six times."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    before = getattr(settings, "fp32_precision", None)
-    if before == "bf16":
-        settings.fp32_precision = "ieee"
+    if not by_onednn():
+        yield
+        return
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if before == "bf16":
-            settings.fp32_precision = before
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 def use_triton(op, x, supports, least=0, elementwise=False, library=False, backend=None):

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import FLOATS, Spec, accumulator, autocast, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
+from . import FLOATS, Spec, accumulator, autocast, by_onednn, cdiv, jit, launch, operator, power_of_2, tl, triton, use_triton
 from .decode_attention import _head, _load, _log2_scale, _rows, _store, dot_type, gpu_kind, scaled
 
-SHORT = 256  # positions up to which plain products are faster on a CPU than PyTorch's kernel, whose tiles are small
+SHORT = 256  # positions up to which plain products by oneDNN are faster than PyTorch's kernel
 SCORES = 1 << 20  # scores that plain products have at once, 4 MB
 LAGS = {None: -1, "causal": 0, "strict": 1}  # mask: i sees j where i - j >= lag; -1: everywhere
 DBIAS_PAIRS = 64  # pairs of tiles that a program of the bias gradient adds up, about, where programs can be spared
@@ -69,14 +69,18 @@ def attention_torch(q, k, v, mask=None, bias=None, scale=None):
 
 
 def _attention_torch(q, k, v, causal, scale):
-    """PyTorch's kernel; of few positions on a CPU plain products, which need no tiles."""
+    """PyTorch's kernel. Its tiles are too small for oneDNN, so where that multiplies, few positions go by plain products."""
     grouped = q.shape[1] != k.shape[1]
-    if q.device.type != "cpu" or k.shape[2] > SHORT or grouped:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if q.device.type == "cpu" and by_onednn() and k.shape[2] <= SHORT and not grouped:
+        return _products(q, k, v, causal, scale)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _products(q, k, v, causal, scale):
     images = SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]) + 1
     if len(q) > images:  # so many at once as the caches hold
         parts = zip(q.split(images), k.split(images), v.split(images), strict=True)
-        return torch.cat([_attention_torch(*part, causal, scale) for part in parts])
+        return torch.cat([_products(*part, causal, scale) for part in parts])
     s = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT  # (B, n_head, T, T_k)
     if causal:
         s = s + torch.full(s.shape[2:], -float("inf"), dtype=s.dtype).triu(1)

@@ -42,6 +42,12 @@ def test_orthogonal_keeps_the_directions(shape):
     assert kept[large].min() > 0.65 and kept[large].max() < 1.25
 
 
+def test_orthogonal_in_float64():
+    m = torch.randn(2, 6, 4, dtype=torch.float64)
+    assert script.orthogonal(m).dtype == torch.float64
+    assert torch.allclose(script.orthogonal(m).float(), script.orthogonal(m.float()), atol=1e-4)
+
+
 def test_orthogonal_of_zero_is_zero():
     assert torch.equal(script.orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 

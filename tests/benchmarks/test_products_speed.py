@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention_torch
+from kernels.attention import _products
 
 LIBRARIES = {"MKL": "ieee", "oneDNN": "bf16"}  # by what products may be rounded to
 
@@ -34,7 +34,7 @@ def pytorch(q, k, v):
 
 
 def products(q, k, v):
-    return attention_torch(q, k, v, "causal")
+    return _products(q, k, v, True, None)
 
 
 @pytest.mark.parametrize("form", [pytorch, products], ids=lambda form: form.__name__)

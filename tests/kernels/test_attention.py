@@ -448,14 +448,20 @@ def test_auto_prefers_pytorch_where_it_wins(monkeypatch):
     assert left == [True, True, True, False]
 
 
-@pytest.mark.parametrize("T", [256, 257])
+@pytest.mark.skipif(DEVICE != "cpu", reason="the plain form on a CPU")
+@pytest.mark.parametrize("T, onednn", [(256, True), (257, True), (256, False)])
 @pytest.mark.parametrize("mask", MASKS)
-def test_the_plain_form_of_few_and_of_many_positions(mask, T):
-    """Products up to SHORT positions, PyTorch's kernel from there on; values and gradients of both; 19 images in 3 parts."""
-    assert module.SHORT == 256
+def test_the_plain_form_of_few_and_of_many_positions(mask, T, onednn, monkeypatch):
+    """By oneDNN products up to SHORT keys, else PyTorch's kernel; values and gradients of both; 19 images in 3 parts."""
+    calls = []
+    products = module._products
+    monkeypatch.setattr(module, "by_onednn", lambda: onednn)
+    monkeypatch.setattr(module, "_products", lambda *args: calls.append(len(args[0])) or products(*args))
     x = leaves(inputs(T, 16, 2, 19), torch.float32)
     wide = leaves(x, torch.float64)
     y = module.attention_torch(*x, mask, scale=0.4)
+    few = T - (mask == "strict") <= 256  # "strict" drops the last key
+    assert calls == ([19, 9, 9, 1] if onednn and few else [])
     want = attention_reference(*wide, mask, scale=0.4)
     dy = torch.randn_like(want)
     assert_near(y, want, 1e-5)

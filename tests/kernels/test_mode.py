@@ -188,8 +188,16 @@ def test_a_cpu_that_rounds_keeps_its_setting(products, monkeypatch):
         return plain(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     kernels.choose(kernels.mode, "cpu")
     assert products.fp32_precision == "ieee"
+
+
+def test_a_cpu_without_avx512_keeps_its_setting(products, monkeypatch):
+    """There MKL multiplies, whatever the setting, and PyTorch's attention is the faster one."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    kernels.choose(kernels.mode, "cpu")
+    assert products.fp32_precision == "ieee" and not kernels.by_onednn()
 
 
 def test_only_a_cpu_needs_them(products, monkeypatch):

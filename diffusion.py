@@ -1059,7 +1059,6 @@ def launch(main):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
         stream.write = deaf(stream.write)
         stream.flush = deaf(stream.flush)
-    Run.signal = 0
     Run.stepping = False
     numbers = {n for n in signal.valid_signals() if n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))}
     before = {n: signal.signal(n, on_signal) for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN}
@@ -1080,6 +1079,7 @@ def launch(main):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        Run.signal = 0  # main() may be called again, without launch()
         while LOCKS:
             os.close(LOCKS.popitem()[1])
         if dist.is_initialized():

@@ -1416,6 +1416,24 @@ def test_launch_leaves_nothing_behind(tmp_path):
     assert [signal.getsignal(n) for n in numbers] == before and not set(inside) & set(before) and not p.LOCKS
 
 
+@every_script
+@pytest.mark.parametrize("stepping", [False, True], ids=["at once", "after a step"])
+def test_a_run_after_one_that_was_stopped(tmp_path, stepping, module, monkeypatch):
+    """What stopped a run in this process (a notebook) does not stop the next one, whether it goes through launch() or not."""
+
+    def main():
+        module.Run.stepping = stepping
+        signal.raise_signal(signal.SIGHUP)
+
+    with pytest.raises(SystemExit) as stopped:
+        module.launch(main)
+    assert stopped.value.code == 129
+    tiny.small_digits(module, monkeypatch)
+    module.main(flags(module.__name__, tmp_path / "run"))
+    assert (tmp_path / "run/samples.npz").exists()
+    assert tiny.run(module, flags(module.__name__, tmp_path / "again")) == 0
+
+
 # ----------------------------------------------------------------------------------------------------- several processes
 
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -173,7 +174,7 @@ def test_every_control_changes_the_images(explorers, name):
 
 @pytest.mark.parametrize("name", ["vae", "gan", "flow"])
 def test_temperature_0_gives_one_image(explorers, name):
-    samples, way = explorers[name].draw("3" if name != "vae" else explore.EVERY, seed=1, temperature=0)
+    samples, way = explorers[name].draw("3" if name != "vae" else explore.EVERY, seed=1, walk=0.5, temperature=0)
     assert (samples == samples[:1]).all() and (way == samples[:1]).all()
 
 
@@ -186,13 +187,38 @@ def test_the_strip_ends_in_the_first_sample(explorers, name):
 
 @pytest.mark.parametrize("name", ["vae", "gan", "flow"])
 def test_the_way_leads_from_the_first_sample_to_the_second(explorers, name):
-    samples, way = explorers[name].draw("2" if name != "vae" else explore.EVERY, seed=5, temperature=1.0)
-    torch.testing.assert_close(way[[0, -1]].int(), samples[:2].int(), rtol=0, atol=1)  # of another batch, so up to rounding
+    label = "2" if name != "vae" else explore.EVERY
+    samples, way = explorers[name].draw(label, seed=5, walk=0, temperature=1.0)
+    torch.testing.assert_close(way[[0, -1]].int(), samples[:2].int(), rtol=0, atol=1)  # up to rounding
     assert not torch.equal(way[4], way[0]) and not torch.equal(way[4], way[-1])
+    half, same = explorers[name].draw(label, seed=5, walk=0.5, temperature=1.0)
+    torch.testing.assert_close(half[0].int(), way[4].int(), rtol=0, atol=1)
+    assert torch.equal(same, way)
+    there, _ = explorers[name].draw(label, seed=5, walk=1, temperature=1.0)
+    torch.testing.assert_close(there.int(), samples.roll(-1, 0).int(), rtol=0, atol=1)
+
+
+def test_a_walk_stays_in_the_class_of_each_sample(explorers):
+    """A sample that has come to the noise of the next one is drawn in its own class."""
+    walked, _ = explorers["gan"].draw(explore.EVERY, seed=5, walk=1, temperature=1.0)
+    ones, _ = explorers["gan"].draw("1", seed=5, walk=0, temperature=1.0)
+    torch.testing.assert_close(walked[1].int(), ones[2].int(), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "autoregressive", "vqgan"])
+def test_the_slider_goes_along_the_strip(explorers, name):
+    """At each place of the strip, the first of the samples is the image that the strip has there."""
+    explorer = explorers[name]
+    values = values_of(explorer, seed=5) | ({"nfe": 8} if name == "diffusion" else {})
+    _, way = explorer.draw("2", **values)
+    assert 5 <= len(way) <= explore.STRIP  # the whole chain, where it is diffusion's
+    for k in range(len(way)):
+        samples, _ = explorer.draw("2", **values | {explorer.way().name: k / (len(way) - 1)})
+        assert torch.equal(samples[0], way[k])
 
 
 def test_one_evaluation_is_a_chain_of_two(explorers):
-    samples, way = explorers["diffusion"].draw(explore.EVERY, seed=0, nfe=1, guidance=1)
+    samples, way = explorers["diffusion"].draw(explore.EVERY, seed=0, chain=1, nfe=1, guidance=1)
     assert len(way) == 2 and torch.equal(way[-1], samples[0])
 
 
@@ -200,11 +226,12 @@ def test_samples_are_those_of_the_script(explorers, runs):
     """The same noise gives what the script's own sample gives."""
     import gan
 
-    samples, _ = explorers["gan"].draw("7", seed=11, temperature=0.5)
+    samples, _ = explorers["gan"].draw("7", seed=11, walk=0, temperature=0.5)
     G, _, cfg = gan.load(runs["gan"])
     torch.manual_seed(11)
     z = torch.randn(explore.SAMPLES, cfg.z_dim)
-    assert torch.equal(samples, gan.to_uint8(G(z / 2, torch.full((explore.SAMPLES,), 7)).clamp(-1, 1)))
+    expected = gan.to_uint8(G(z / 2, torch.full((explore.SAMPLES,), 7)).clamp(-1, 1))
+    torch.testing.assert_close(samples.int(), expected.int(), rtol=0, atol=1)  # of another batch, so up to rounding
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.2, 0.5, 0.9, 1.0])
@@ -262,3 +289,46 @@ def test_the_page_has_the_controls_and_shows_what_draw_gives(explorers, name):
     shown = functions[0].fn(explore.EVERY, *values.values())
     for found, images, columns in zip(shown, expected, (8, explore.STRIP), strict=True):
         np.testing.assert_array_equal(found, explore.picture(images, columns))
+
+
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="a browser that a program can steer is not here")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sliders_move_the_images_in_a_browser(runs, width):
+    """Chromium without a window: the page fits the width, and each slider brings new samples."""
+    pytest.importorskip("gradio")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    waiting = pytest.importorskip("selenium.webdriver.support.wait")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox"):
+        options.add_argument(argument)
+    server = subprocess.Popen([sys.executable, ROOT / "tools/explore.py", runs["gan"], "--port", str(port)],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert "127.0.0.1" in server.stdout.readline()  # it listens
+        service = webdriver.ChromeService(shutil.which("chromedriver"))
+        with webdriver.Chrome(options=options, service=service) as browser:
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(f"http://127.0.0.1:{port}")
+            wait = waiting.WebDriverWait(browser, 60)
+
+            def source():
+                """Of the picture of the samples, None before there is one."""
+                images = browser.find_elements("css selector", "img[alt=samples]")
+                return images[0].get_attribute("src") if images else None
+
+            wait.until(lambda _: source())
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            sliders = browser.find_elements("css selector", "input[type=range]")
+            assert len(sliders) == 3
+            for slider in sliders:
+                before = source()
+                slider.send_keys("\ue00f")  # page down: a tenth of the range
+                slider.send_keys("\ue00e")  # page up
+                slider.send_keys("\ue00e")
+                wait.until(lambda _, before=before: source() != before)
+    finally:
+        server.kill()

@@ -3,12 +3,13 @@
   pip install "gradio>=6"
   python tools/explore.py RUN [--port 7860]         # for instance runs/diffusion-mnist or pretrained/vae-mnist
 
-The page is served to this computer alone (127.0.0.1). It shows 24 samples, and below them a strip that tells how the
-family makes one:
-  vae, gan, flow     the way from the latent noise of the first sample to that of the second, all in the class of the first
-  diffusion          the chain: the latent of the first sample before some of the steps, then the sample
-  autoregressive     the order of drawing: the first sample after each eighth of its positions, grey where nothing is drawn
+The page is served to this computer alone (127.0.0.1). It shows 24 samples. One slider goes along what the family
+makes them of, for all 24 at once, and a strip below shows that way for the first one:
+  vae, gan, flow     walk: from the latent noise of each sample to that of the next, in the sample's own class
+  diffusion          chain: the latents before each of the steps, from noise to the sample
+  autoregressive     drawn: the order of drawing; a part of the positions is drawn, the others are grey
   vqgan              the same, for the positions of its codes
+Other sliders set the seed of the noise, and temperature, guidance or the number of evaluations where the family has them.
 """
 
 import argparse
@@ -54,14 +55,18 @@ def mix(a, b, weight):
     return math.cos(weight * math.pi / 2) * a + math.sin(weight * math.pi / 2) * b
 
 
-def revealed(image, side):
-    """image (C,H,W) -> (STRIP,C,H,W): its positions of side x side pixels, drawn in raster order, an eighth more in each."""
-    _, H, W = image.shape
+def drawn(images, side, share):
+    """images (...,H,W) in which the first share (0 to 1) of the positions of side x side pixels is drawn, the rest grey."""
+    H, W = images.shape[-2:]
     columns = math.ceil(W / side)
     total = math.ceil(H / side) * columns
-    position = torch.arange(H)[:, None] // side * columns + torch.arange(W) // side  # (H,W)
-    drawn = [round(total * k / (STRIP - 1)) for k in range(STRIP)]
-    return torch.stack([torch.where(position < n, image, 127) for n in drawn])
+    position = torch.arange(H)[:, None] // side * columns + torch.arange(W) // side  # (H,W), in raster order
+    return torch.where(position < round(total * share), images, 127)
+
+
+def revealed(image, side):
+    """image (C,H,W) -> (STRIP,C,H,W): an eighth more of its positions is drawn in each."""
+    return torch.stack([drawn(image, side, k / (STRIP - 1)) for k in range(STRIP)])
 
 
 class Explorer:
@@ -75,7 +80,15 @@ class Explorer:
         self.shape = tuple(saved["facts"]["shape"])
         self.names = list(saved["facts"]["names"])
         self.classes = saved["facts"]["classes"]
-        self.sliders = [Slider("seed", "of the noise", 0, 1000, 0, 1), *self.own_sliders()]
+        self.sliders = [Slider("seed", "of the noise", 0, 1000, 0, 1), self.way(), *self.own_sliders()]
+
+    def way(self):
+        """The slider that goes along what a sample is made of; its value is a share, 0 to 1."""
+        if self.name == "diffusion":
+            return Slider("chain", "0 is noise, 1 the sample", 0, 1, 1, 0.05)
+        if self.name in ("autoregressive", "vqgan"):
+            return Slider("drawn", "part of the positions", 0, 1, 1, 0.05)
+        return Slider("walk", "from each sample to the next", 0, 1, 0, 0.05)
 
     def own_sliders(self):
         cfg = self.cfg
@@ -93,59 +106,62 @@ class Explorer:
         """label: a class's name, or EVERY; values: one for each slider -> samples and strip, (N,C,H,W) uint8."""
         values = {slider.name: slider.kind(values[slider.name]) for slider in self.sliders}
         torch.manual_seed(values.pop("seed"))
+        share = values.pop(self.way().name)
         cfg = dataclasses.replace(self.cfg, **values)
         y = torch.arange(SAMPLES) % max(self.classes, 1)
         if label != EVERY:
             y = torch.full((SAMPLES,), self.names.index(label))
         with torch.no_grad():
-            return getattr(self, self.name)(cfg, y)
+            return getattr(self, self.name)(cfg, y, share)
 
-    def vae(self, cfg, _):
+    def vae(self, cfg, _, share):
         model, = self.networks
         z = self.script.sample_prior(model, SAMPLES, cfg.temperature)
-        way = torch.stack([torch.lerp(z[0], z[1], k / (STRIP - 1)) for k in range(STRIP)])
-        samples = self.script.descend(model, z, cfg.temperature)
-        strip = self.script.descend(model, way, 0.0)  # in a chain of latents, the means of those below the top
+        strip = torch.stack([torch.lerp(z[0], z[1], k / (STRIP - 1)) for k in range(STRIP)])
+        samples = self.script.descend(model, torch.lerp(z, z.roll(-1, 0), share), cfg.temperature)
+        strip = self.script.descend(model, strip, 0.0)  # in a chain of latents, the means of those below the top
         return [self.script.to_uint8(self.script.pixel_mean(params, cfg.likelihood)) for params in (samples, strip)]
 
-    def gan(self, cfg, y):
+    def gan(self, cfg, y, share):
         G = self.networks[0]
-        z = torch.randn(SAMPLES, cfg.z_dim)
-        way = torch.stack([mix(z[0], z[1], k / (STRIP - 1)) for k in range(STRIP)])
-        samples = self.script.sample(G, z, y, cfg.temperature)
-        strip = self.script.sample(G, way, y[:1].expand(STRIP), cfg.temperature)
-        return self.script.to_uint8(samples), self.script.to_uint8(strip)
+        z, y = self.walk(torch.randn(SAMPLES, cfg.z_dim), y, share)
+        images = self.script.to_uint8(self.script.sample(G, z, y, cfg.temperature))
+        return images[:SAMPLES], images[SAMPLES:]
 
-    def flow(self, cfg, y):
+    def flow(self, cfg, y, share):
         model, = self.networks
-        eps = self.script.draw_noise(model, SAMPLES)
-        way = [torch.stack([mix(e[0], e[1], k / (STRIP - 1)) for k in range(STRIP)]) for e in eps]
-        samples, _ = self.script.sample(model, eps, y, cfg)
-        strip, _ = self.script.sample(model, way, y[:1].expand(STRIP), cfg)
-        return self.script.quantize(samples), self.script.quantize(strip)
+        noise = [self.walk(eps, y, share) for eps in self.script.draw_noise(model, SAMPLES)]
+        images, _ = self.script.sample(model, [eps for eps, _ in noise], noise[0][1], cfg)
+        images = self.script.quantize(images)
+        return images[:SAMPLES], images[SAMPLES:]
 
-    def diffusion(self, cfg, y):
+    def walk(self, noise, y, share):
+        """Noise and classes of the samples, each on the way to the next one's noise, then those of the strip."""
+        strip = torch.stack([mix(noise[0], noise[1], k / (STRIP - 1)) for k in range(STRIP)])
+        return torch.cat([mix(noise, noise.roll(-1, 0), share), strip]), torch.cat([y, y[:1].expand(STRIP)])
+
+    def diffusion(self, cfg, y, share):
         model, = self.networks
-        latents = []
+        chain = []
         noise = torch.randn(SAMPLES, *self.shape)
         y = y if self.classes else None
-        samples = self.script.sample(model, noise, y, cfg, before_step=lambda x_t, t: latents.append(x_t[0]))
-        pick = torch.linspace(0, len(latents), STRIP).round().int().unique().tolist()  # the last one is the sample itself
-        strip = torch.stack([[*latents, samples[0]][i] for i in pick])
-        return self.script.to_uint8(samples), self.script.to_uint8(strip)
+        chain.append(self.script.sample(model, noise, y, cfg, before_step=lambda x_t, t: chain.append(x_t)))
+        pick = torch.linspace(0, len(chain) - 1, STRIP).round().int().unique().tolist()  # the last one is the sample itself
+        strip = torch.stack([chain[i][0] for i in pick])
+        return self.script.to_uint8(chain[round(share * (len(chain) - 1))]), self.script.to_uint8(strip)
 
-    def autoregressive(self, cfg, y):
+    def autoregressive(self, cfg, y, share):
         model, = self.networks
         levels, _ = self.script.sample(model, y, torch.rand(SAMPLES, *self.shape), cfg)
         samples = self.script.to_pixels(levels, cfg)
-        return samples, revealed(samples[0], cfg.patch)
+        return drawn(samples, cfg.patch, share), revealed(samples[0], cfg.patch)
 
-    def vqgan(self, cfg, y):
+    def vqgan(self, cfg, y, share):
         autoencoder, prior = self.networks
         _, H, W = self.shape
         indices = self.script.sample(prior, y, torch.rand(SAMPLES, *prior.grid), cfg)
         samples = self.script.to_uint8(autoencoder.draw(indices)[..., :H, :W])
-        return samples, revealed(samples[0], cfg.downsample)
+        return drawn(samples, cfg.downsample, share), revealed(samples[0], cfg.downsample)
 
 
 def picture(images, columns):

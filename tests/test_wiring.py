@@ -545,13 +545,13 @@ def with_config(args, module, **fields):
     return [dataclasses.replace(arg, **fields) if isinstance(arg, module.Config) else arg for arg in args]
 
 
-def training_fields(module):
-    """(field, value) of each field of training, by the table."""
+def training_fields(module, folder):
+    """(field, value) of each field of training, by the table. The folder is one that is not there."""
     lines = tiny.getsource(module.Config).splitlines()
     names = [line.split(":")[0].strip() for line in lines[lines.index("    # training") + 1:]]
     end = next(i for i, name in enumerate(names) if name.startswith("#"))
     for name in [name for name in names[:end] if name not in ELSEWHERE]:
-        cfg, _ = module.parse_args(TABLE[module.__name__][name][1].split())
+        cfg, _ = module.parse_args([*TABLE[module.__name__][name][1].split(), "--out", str(folder)])
         yield name, getattr(cfg, name)
 
 
@@ -561,7 +561,7 @@ def test_what_is_for_training_changes_no_figure_and_no_sample(module, tmp_path, 
     for function in ("evaluate", "generate"):
         args = caught(module, function, monkeypatch, tmp_path / function)
         want = getattr(module, function)(*args)
-        for name, value in training_fields(module):
+        for name, value in training_fields(module, tmp_path / "new"):
             if name == "labels" or (module.__name__, name) == ("flow", "noise"):
                 continue
             found = getattr(module, function)(*with_config(args, module, **{name: value}))

@@ -29,6 +29,12 @@ def pytest_xdist_auto_num_workers(config):
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+@pytest.fixture(autouse=True)
+def no_disk_to_wait_for(monkeypatch):
+    """Files are written as ever, but not forced to the disk: no test cuts the power, and each run would wait a dozen times."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """Folder that holds mnist/ and fashion_mnist/; tests that need it are skipped where there is none."""

@@ -8,12 +8,12 @@ The modern remedy is the autoregressive flow (TarFlow): a causal transformer rea
 numbers how to transform the next one. Forward takes one pass, inverse one position after another.
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
-(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), BiFlow (Lu 2025). In this order:
+(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), BiFlow (Lu 2025), R3GAN (Huang 2024). In this order:
   change of variables, bits/dim ... log_density, log_likelihood       RealNVP eq. 3, Flow++ eq. 12
   couplings, splines .............. affine_coupling, spline_coupling  RealNVP 3.2, Durkan eqs. 4-8
   autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
   classical flow .................. Step, Glow                        Glow table 1, RealNVP sec. 3.6
-  learned inverse ................. LearnedInverse, inverse_loss      BiFlow sec. 4
+  learned inverse ................. LearnedInverse, inverse_losses    BiFlow sec. 4, R3GAN eq. 2
   extras .......................... inverse_jacobi, denoise, Dequantizer
 
   python flow.py                                                # digits, needs no download
@@ -295,13 +295,12 @@ class TarFlow(nn.Module):
         self.blocks = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.blocks))
         self.noise_shapes = [(T, D)]
         self.learned = LearnedInverse(T, D, classes, cfg) if cfg.learn_inverse else None
+        self.critic = Critic(channels, H, W, classes) if cfg.learn_inverse else None
 
-    def forward(self, v, y, states=None):
+    def forward(self, v, y):
         x = self.shrink * F.pixel_unshuffle(v, self.patch).flatten(2).transpose(1, 2)  # (B,T,D)
         total = v.new_full((len(v),), v[0].numel() * math.log(self.shrink))
         for block in self.blocks:
-            if states is not None:
-                states.append(x.flip(1, 2) if len(states) % 2 else x)  # what enters the block, in raster order
             x, log_det = block(x, y)
             x = x.flip(1, 2)
             total = total + log_det
@@ -315,7 +314,7 @@ class TarFlow(nn.Module):
         learned = how == "learned" or how == "auto" and self.learned is not None
         x = from_normal(eps[0]) if self.spline else eps[0]
         if learned:
-            x = self.learned(eps[0], y)[-1]
+            x = self.learned(eps[0], y)
         calls = int(learned)
         for block in [] if learned else reversed(self.blocks):
             x = x.flip(1, 2)
@@ -589,36 +588,78 @@ def inverse_jacobi(block, z, y):
 
 
 class LearnedInverse(nn.Module):
-    """The inverse of a TarFlow in one pass: a transformer in which each position sees all, from noise z (B,T,D) to x.
-    It has three layers for each block of the flow, and what they end with tells what entered that block."""
+    """The inverse of a TarFlow in one pass: a transformer in which each position sees all. Noise z (B,T,D) -> x (B,T,D)."""
 
     def __init__(self, T, D, classes, cfg):
         super().__init__()
+        self.turned = cfg.blocks % 2 == 1  # each block has turned the order round
         self.embed = nn.Linear(2 * D, cfg.width)
         self.label = nn.Embedding(max(classes, 1), cfg.width)
         self.position = nn.Parameter(0.1 * torch.randn(T, cfg.width))
         self.layers = nn.ModuleList(TransformerBlock(cfg.width, cfg.n_head) for _ in range(3 * cfg.blocks))
-        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, D)) for _ in range(cfg.blocks))
+        self.head = nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, D))
 
     def forward(self, z, y):
-        z = z.flip(1, 2) if len(self.heads) % 2 else z  # each block has turned the order round
+        z = z.flip(1, 2) if self.turned else z
         h = self.embed(torch.cat([z, from_normal(z)], 2)) + self.label(y)[:, None] + self.position
-        states = []
-        for i, head in enumerate(self.heads):
-            for layer in self.layers[3 * i:3 * i + 3]:
-                h = layer(h, lambda q, k, v: attention(q, k, v, None))
-            states.append(head(h))
-        return states  # what enters each block, from the last to the first, which the image enters: (B,T,D), in raster order
+        for layer in self.layers:
+            h = layer(h, lambda q, k, v: attention(q, k, v, None))
+        return self.head(h)
 
 
-def inverse_loss(model, x, y, cfg):
-    """How far the learned inverse is from levels x (B,C,H,W) in {0..255}, given their noise: the mean square, in units of
-    [-1,1], over what enters the flow's blocks. The first is the image, the others are BiFlow's hidden alignment."""
-    states = []
+class Critic(nn.Module):
+    """How much an image v (B,C,H,W) looks like one of the class y (B,): a number each, (B,). The opponent of LearnedInverse."""
+
+    def __init__(self, C, H, W, classes):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(C, 32, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.LeakyReLU(0.2), nn.Flatten(),
+        )
+        n = 128 * math.ceil(H / 4) * math.ceil(W / 4)
+        self.head = nn.Linear(n, 1)
+        self.label = zero(nn.Embedding(max(classes, 1), n))
+
+    def forward(self, v, y):
+        with torch.autocast(v.device.type, enabled=False):  # small differences of its scores count
+            h = self.body(v.float())
+            return self.head(h)[:, 0] + (h * self.label(y)).mean(1)
+
+
+CRITIC_GAMMA = 15.0  # weight of the critic's slope
+CRITIC_SIGMA = 0.02  # deviation of the noise by which the slope is measured
+
+
+def inverse_losses(model, x, y, cfg):
+    """What the learned inverse and its critic minimise, given levels x (B,C,H,W) in {0..255}; and parts of it, for the log.
+
+    The mean square alone leads to the mean of what the network holds possible, which is blurred. The critic learns to tell
+    an image from its copy (R3GAN eq. 2). Its slope is kept small at both (R1 and R2), measured along noise (APT, Lin 2025).
+    """
     with torch.no_grad():
         v, _ = dequantize(model, x)
-        eps, _ = model.f(v + cfg.noise * torch.randn_like(v), y, states)
-    return sum(F.mse_loss(a, b) for a, b in zip(model.f.learned(eps[0], y), reversed(states), strict=True)) / len(states)
+        v = v + cfg.noise * torch.randn_like(v)  # as in loss; denoise takes it from samples
+        eps, _ = model.f(v, y)
+    learned, _ = model.f.inverse(eps, y, "learned")
+    mse = F.mse_loss(learned, v)
+
+    critic = model.f.critic
+
+    def slope(images, scores):
+        """An estimate of the square of the critic's gradient at the images."""
+        near = images + CRITIC_SIGMA * torch.randn_like(images)
+        return ((critic(near, y) - scores) / CRITIC_SIGMA) ** 2
+
+    fake = learned.detach()
+    real_scores = critic(v, y)
+    fake_scores = critic(fake, y)
+    slopes = slope(v, real_scores) + slope(fake, fake_scores)
+    critic_loss = (F.softplus(fake_scores - real_scores) + CRITIC_GAMMA / 2 * slopes).mean()
+    frozen = {name: p.detach() for name, p in critic.named_parameters()}
+    scores = torch.func.functional_call(critic, frozen, (learned, y))
+    adversarial = F.softplus(real_scores.detach() - scores).mean()
+    return {"loss": mse + adversarial + critic_loss, "mse": mse, "critic_loss": critic_loss}
 
 
 def denoise(model, v, y, sigma):
@@ -672,7 +713,8 @@ def train(data, cfg, run):
         initialise(model, v, data.train_labels[:256].to(run.device))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     transformers = [part for name, part in model.named_modules() if name.endswith("layers")]  # Glow has none
-    optimizer = Muon(model, transformers if cfg.optimizer == "muon" else [], cfg.lr, (0.9, 0.99))
+    betas = (0.5 if cfg.learn_inverse else 0.9, 0.99)  # an opponent changes faster than data
+    optimizer = Muon(model, transformers if cfg.optimizer == "muon" else [], cfg.lr, betas)
     parts = {"model": model, "ema_model": ema, "optimizer": optimizer}
     if cfg.compile:
         model.f.compile()
@@ -682,11 +724,14 @@ def train(data, cfg, run):
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizer.param_groups[0]["lr"] = lr
         with run.autocast():
-            batch_loss = (inverse_loss if cfg.learn_inverse else loss)(model, x, y, cfg)
-        norm = run.update(batch_loss, model, optimizer)
+            if cfg.learn_inverse:
+                losses = inverse_losses(model, x, y, cfg)
+            else:
+                batch_loss = loss(model, x, y, cfg)
+                losses = {"loss": batch_loss, "bpd": batch_loss / math.log(2)}
+        norm = run.update(losses["loss"], model, optimizer)
         update_ema(ema, model, step, cfg.ema)
-        bits = {} if cfg.learn_inverse else {"bpd": batch_loss / math.log(2)}
-        run.log(loss=batch_loss, **bits, grad_norm=norm, lr=lr)
+        run.log(**losses, grad_norm=norm, lr=lr)
 
 
 @torch.no_grad()

@@ -74,8 +74,10 @@ def test_log_det_and_inverse_of_other_tarflows(fields):
     model, cfg = build("tarflow", (2, 2, 4), patch=2, **fields)
     check_log_det_and_inverse(model, (2, 2, 4))
     if cfg.noise:
-        model.f(torch.full((1, 2, 2, 4), 1.8, dtype=torch.float64), torch.tensor([0]), states := [])
-        assert_close(states[0], torch.ones_like(states[0]))
+        seen = []
+        model.f.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+        model.f(torch.full((1, 2, 2, 4), 1.8, dtype=torch.float64), torch.tensor([0]))
+        assert_close(seen[0], torch.ones_like(seen[0]))
 
 
 def test_log_scales_of_affine_couplings_are_bounded():
@@ -272,59 +274,112 @@ def test_both_inverses_are_the_same():
 
 # ---- the learned inverse
 
+TRAINED = ("f.learned.", "f.critic.")  # all else stays as it is
 
 def learnable(**fields):
     """A flow with a network that learns its inverse, all weights random."""
     return build("tarflow", (1, 4, 6), patch=2, std=0.3, learn_inverse=True, init="a run", **fields)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_the_states_are_what_enters_each_block(blocks):
-    """Turned round where a block takes them so; the last block makes noise of the last, and the density is none the wiser."""
-    model, cfg = learnable(blocks=blocks)
-    (v, y), states = batch(3, (1, 4, 6), 0.3), []
-    eps, log_det = model.f(v, y, states)
-    alone, log_det_alone = model.f(v, y)
-    assert torch.equal(eps[0], alone[0]) and torch.equal(log_det, log_det_alone)
-    assert len(states) == blocks
-    assert torch.equal(states[0], flow.F.pixel_unshuffle(v, 2).flatten(2).transpose(1, 2))
-    for i, block in enumerate(model.f.blocks):  # T = 6 positions, flipped where i is odd
-        x = states[i].flip(1, 2) if i % 2 else states[i]
-        out = block(x, y)[0]
-        want = states[i + 1] if i + 1 < blocks else flow.from_normal(eps[0] if blocks % 2 == 0 else eps[0].flip(1, 2))
-        assert_close(out if i % 2 == 0 else out.flip(1, 2), want, rtol=1e-9, atol=1e-9)
+class Linear(nn.Module):
+    """A critic that is a sum of pixels, so that its slope is known: weight along each of the pixels."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, v, y):
+        return self.weight * v.flatten(1).sum(1) + y
 
 
-def test_a_perfect_inverse_has_no_loss_and_any_error_its_square():
-    """Against a table of the states by hand, shifted by what is then the loss; labels and noise are those of the flow."""
-    model, cfg = learnable()
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_the_losses_of_the_learned_inverse_against_their_formulas(noise):
+    """An inverse that is off by a known shift, and a linear critic. Labels and noise are those of the flow, and the target is
+    what the flow was trained on, with its --noise."""
+    model, cfg = learnable(noise=noise)
     model.float()
     x, y = torch.randint(0, 256, (3, 1, 4, 6)), torch.tensor([0, 2, 1])
     torch.manual_seed(1)
     v, _ = dequantize(model, x)
-    states = []
-    eps, _ = model.f(v, y, states)
-    shifts, seen = [0.0, 0.0], []
+    v = v + noise * torch.randn_like(v)
+    eps, _ = model.f(v, y)
+    near = [0.02 * torch.randn_like(v) for _ in range(2)]
+    seen = []
 
-    class Perfect(nn.Module):
+    class Off(nn.Module):
         def forward(self, z, labels):
             seen.append((z, labels))
-            return [states[1] + shifts[0], states[0] + shifts[1]]
+            return model.f.shrink * flow.F.pixel_unshuffle(v + 0.2, 2).flatten(2).transpose(1, 2)
 
-    model.f.learned = Perfect()
-    for shifts[:], want in (([0.0, 0.0], 0.0), ([0.2, 0.0], 0.02), ([0.0, 0.4], 0.08), ([0.2, -0.4], 0.1)):
-        torch.manual_seed(1)
-        assert_close(flow.inverse_loss(model, x, y, cfg).item(), want, rtol=1e-5, atol=1e-12)
+    model.f.learned = Off()
+    model.f.critic = Linear(0.3)
+    torch.manual_seed(1)
+    losses = flow.inverse_losses(model, x, y, cfg)
     assert_close(seen[0][0], eps[0].detach(), rtol=1e-4, atol=1e-4)
     assert torch.equal(seen[0][1], y)
-    shifts[:] = [0.0, 0.0]
-    assert_close(model.f.inverse(eps, y, "learned")[0], v)  # and its last state is the image
+    assert_close(losses["mse"].item(), 0.04, rtol=1e-4, atol=0)
+    gap = 0.3 * 24 * 0.2  # of the scores of 24 pixels
+    slopes = sum((0.3 * e.flatten(1).sum(1) / 0.02) ** 2 for e in near).mean().item()
+    critic_loss = math.log1p(math.exp(gap)) + 15 / 2 * slopes
+    assert_close(losses["critic_loss"].item(), critic_loss, rtol=1e-3, atol=0)
+    assert_close(losses["loss"].item(), 0.04 + critic_loss + math.log1p(math.exp(-gap)), rtol=1e-3, atol=0)
+    assert_close(model.f.inverse(eps, y, "learned")[0], v + 0.2)  # what is sampled is what is trained
+
+
+def test_the_slope_is_the_square_of_the_gradient_in_the_mean():
+    """Of a linear critic over 24 pixels: 24 weight^2, at real and at learned images."""
+    model, cfg = learnable()
+    model.float()
+    model.f.critic = Linear(0.3)
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (4000, 1, 4, 6))
+    with torch.no_grad():
+        losses = flow.inverse_losses(model, x, torch.zeros(4000, dtype=torch.long), cfg)
+        v, _ = dequantize(model, x)
+        eps, _ = model.f(v, torch.zeros(4000, dtype=torch.long))
+        gap = 0.3 * (model.f.inverse(eps, torch.zeros(4000, dtype=torch.long), "learned")[0] - v).flatten(1).sum(1)
+    slopes = (losses["critic_loss"] - flow.F.softplus(gap).mean()) / (15 / 2)
+    assert_close(slopes.item(), 2 * 24 * 0.3**2, rtol=0.1, atol=0)
+
+
+def test_each_of_the_two_opponents_minimises_its_own_loss():
+    """The critic gets the gradient of its loss alone, the inverse that of mean square and softplus(real - learned)."""
+    model, cfg = learnable()
+    model.float()
+    nn.init.normal_(model.f.critic.label.weight)
+    x, y = torch.randint(0, 256, (3, 1, 4, 6)), torch.tensor([0, 2, 1])
+    critic, learned = (list(part.parameters()) for part in (model.f.critic, model.f.learned))
+    torch.manual_seed(1)
+    losses = flow.inverse_losses(model, x, y, cfg)
+    found = torch.autograd.grad(losses["loss"], critic + learned, retain_graph=True)
+    want = torch.autograd.grad(losses["critic_loss"], critic)
+    for a, b in zip(found[:len(critic)], want, strict=True):
+        assert_close(a, b)
     torch.manual_seed(1)
     v, _ = dequantize(model, x)
-    noisy, _ = model.f(v + 0.1 * torch.randn_like(v), y)  # as the flow was trained
-    torch.manual_seed(1)
-    flow.inverse_loss(model, x, y, dataclasses.replace(cfg, noise=0.1))
-    assert_close(seen[-1][0], noisy[0].detach(), rtol=1e-4, atol=1e-4)
+    eps, _ = model.f(v, y)
+    images, _ = model.f.inverse([eps[0].detach()], y, "learned")
+    loss = ((images - v) ** 2).mean() + flow.F.softplus(model.f.critic(v, y) - model.f.critic(images, y)).mean()
+    for a, b in zip(found[len(critic):], torch.autograd.grad(loss, learned), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert all(a.abs().max() > 0 for a in found)
+
+
+@pytest.mark.parametrize(("C", "H", "W"), [(1, 1, 1), (3, 3, 7), (1, 28, 28), (1, 8, 2)])
+def test_the_critic_takes_images_of_any_size_and_their_class(C, H, W):
+    torch.manual_seed(0)
+    critic = flow.Critic(C, H, W, classes=3)
+    v, y = torch.randn(4, C, H, W), torch.tensor([0, 1, 2, 0])
+    scores = critic(v, y)
+    assert scores.shape == (4,)
+    assert torch.equal(scores, critic(v, y.flip(0)))  # the label begins at 0
+    nn.init.normal_(critic.label.weight)
+    h = critic.body(v)
+    assert_close(critic(v, y) - scores, (h * critic.label.weight[y]).mean(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(critic(v, y), critic.float()(v, y)) and critic(v, y).dtype == torch.float32
+    gradient, = torch.autograd.grad(critic(v, y).sum(), critic.head.weight)
+    assert gradient.shape == (1, h.shape[1])
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -349,7 +404,7 @@ def test_the_learned_inverse_takes_labels_noise_and_temperature():
     half, _ = sample(model, eps, y, dataclasses.replace(cfg, temperature=0.5))
     assert_close(half, model.f.inverse([eps[0] / 2], y, "learned")[0])
     assert not torch.allclose(half, images)
-    J = torch.autograd.functional.jacobian(lambda z: model.f.learned(z, y[:1])[-1], eps[0][:1])
+    J = torch.autograd.functional.jacobian(lambda z: model.f.learned(z, y[:1]), eps[0][:1])
     assert (J.abs() > 0).all()
     exact = [sample(model, eps, y, dataclasses.replace(cfg, inverse=how))[0] for how in ("cached", "jacobi")]
     assert_close(*exact, rtol=1e-4, atol=1e-4)
@@ -370,18 +425,18 @@ def test_the_learned_inverse_trains_alone_and_resumes(digits, tmp_path, monkeypa
     monkeypatch.setattr(flow.Run, "update", record)
     more = ["--learn-inverse", "--init", str(base), "--lr", "0.01", "--warmup", "0"]
     flow.main([*TINY, *more, "--out", str(whole), "--steps", "8"])
-    assert len(seen) == 8 and all(name.startswith("f.learned.") for names in seen for name in names)
+    assert len(seen) == 8 and all(name.startswith(TRAINED) for names in seen for name in names)
     flow.main([*TINY, *more, "--out", str(parts)])
     flow.main(["--resume", "--out", str(parts), "--steps", "8"])
     was, one, two = (tiny.load_checkpoint(folder) for folder in (base, whole, parts))
     tiny.assert_same_state(one, two)
     for part in ("model", "ema_model"):
         for name, value in one[part].items():
-            assert name.startswith("f.learned.") or torch.equal(value, was["ema_model"][name])
+            assert name.startswith(TRAINED) or torch.equal(value, was["ema_model"][name])
     assert final(whole)["test_bpd"] == final(base)["test_bpd"]
     bits = [np.load(folder / "likelihoods.npz")["test"] for folder in (base, whole)]
     assert (bits[0] == bits[1]).all()
-    assert [line.keys() for line in tiny.metrics(whole)[:-1]] == 8 * [{"step", "loss", "grad_norm", "lr"}]
+    assert [line.keys() for line in tiny.metrics(whole)[:-1]] == 8 * [{"step", "loss", "mse", "critic_loss", "grad_norm", "lr"}]
 
     written = np.load(whole / "samples.npz")["images"]
     model, cfg = flow.load(whole)
@@ -397,13 +452,13 @@ def test_the_learned_inverse_nears_the_exact_one():
     """Of a flow with random weights, small enough to know by heart: 60 steps halve the error of the mean image."""
     model, cfg = build("tarflow", (1, 4, 4), patch=2, learn_inverse=True, init="a run", width=16, n_head=1)
     model.float()
-    optimizer = torch.optim.Adam(model.f.learned.parameters(), 3e-3)
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if name.startswith(TRAINED)], 3e-3)
     for _ in range(60):
-        loss = flow.inverse_loss(model, torch.randint(0, 256, (64, 1, 4, 4)), torch.arange(64) % 3, cfg)
+        losses = flow.inverse_losses(model, torch.randint(0, 256, (64, 1, 4, 4)), torch.arange(64) % 3, cfg)
         optimizer.zero_grad()
-        loss.backward()
+        losses["loss"].backward()
         optimizer.step()
-    assert all((p.grad is not None) == ("learned" in name) for name, p in model.named_parameters())
+    assert all((p.grad is not None) == name.startswith(TRAINED) for name, p in model.named_parameters())
     assert all(p.grad.abs().max() > 0 for p in model.f.learned.layers.parameters() if p.dim() > 1)  # none stands idle
     with torch.no_grad():
         v, _ = dequantize(model, torch.randint(0, 256, (200, 1, 4, 4)))

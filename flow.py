@@ -8,7 +8,8 @@ The modern remedy is the autoregressive flow (TarFlow): a causal transformer rea
 numbers how to transform the next one. Forward takes one pass, inverse one position after another.
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
-(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), BiFlow (Lu 2025), R3GAN (Huang 2024). In this order:
+(Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), BiFlow (Lu 2025), R3GAN (Huang
+2024). In this order:
   change of variables, bits/dim ... log_density, log_likelihood       RealNVP eq. 3, Flow++ eq. 12
   couplings, splines .............. affine_coupling, spline_coupling  RealNVP 3.2, Durkan eqs. 4-8
   autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
@@ -634,14 +635,15 @@ CRITIC_SIGMA = 0.02  # deviation of the noise by which the slope is measured
 def inverse_losses(model, x, y, cfg):
     """What the learned inverse and its critic minimise, given levels x (B,C,H,W) in {0..255}; and parts of it, for the log.
 
-    The mean square alone leads to the mean of what the network holds possible, which is blurred. The critic learns to tell
-    an image from its copy (R3GAN eq. 2). Its slope is kept small at both (R1 and R2), measured along noise (APT, Lin 2025).
+    The mean square alone gives the average of all plausible images, which is blurred. The critic compares an image with its
+    copy (R3GAN eq. 2). Its slope is penalised at both (R1 and R2), and estimated by adding small noise (APT, Lin 2025).
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the noise is that of the exact flow
         v, _ = dequantize(model, x)
-        v = v + cfg.noise * torch.randn_like(v)  # as in loss; denoise takes it from samples
+        v = v + cfg.noise * torch.randn_like(v)  # as in loss; denoise removes it from samples
         eps, _ = model.f(v, y)
     learned, _ = model.f.inverse(eps, y, "learned")
+    learned = learned.float()
     mse = F.mse_loss(learned, v)
 
     critic = model.f.critic
@@ -705,7 +707,7 @@ def train(data, cfg, run):
     model = build(run.shape, run.classes, cfg).to(run.device)
     if cfg.learn_inverse and not run.saved:  # the flow gets no gradient, so it stays as it was
         taught, other = read_run(cfg.init)
-        for name in "shape classes coupling width dequantize blocks layers n_head patch labels noise".split():
+        for name in "arch shape classes coupling width dequantize blocks layers n_head patch labels noise".split():
             if (vars(taught) | other["facts"])[name] != (vars(cfg) | run.facts)[name]:
                 fail(f"--learn-inverse: the run in {cfg.init} has another {name}")
     if not run.saved:

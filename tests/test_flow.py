@@ -342,8 +342,11 @@ def test_the_slope_is_the_square_of_the_gradient_in_the_mean():
     assert_close(slopes.item(), 2 * 24 * 0.3**2, rtol=0.1, atol=0)
 
 
-def test_each_of_the_two_opponents_minimises_its_own_loss():
+@pytest.mark.parametrize("gamma", [0.0, 15.0])
+def test_each_of_the_two_opponents_minimises_its_own_loss(gamma, monkeypatch):
     """The critic gets the gradient of its loss alone, the inverse that of mean square and softplus(real - learned)."""
+    assert flow.CRITIC_GAMMA == 15.0
+    monkeypatch.setattr(flow, "CRITIC_GAMMA", gamma)
     model, cfg = learnable()
     model.float()
     nn.init.normal_(model.f.critic.label.weight)
@@ -351,18 +354,21 @@ def test_each_of_the_two_opponents_minimises_its_own_loss():
     critic, learned = (list(part.parameters()) for part in (model.f.critic, model.f.learned))
     torch.manual_seed(1)
     losses = flow.inverse_losses(model, x, y, cfg)
-    found = torch.autograd.grad(losses["loss"], critic + learned, retain_graph=True)
-    want = torch.autograd.grad(losses["critic_loss"], critic)
-    for a, b in zip(found[:len(critic)], want, strict=True):
-        assert_close(a, b)
+    found = torch.autograd.grad(losses["loss"], critic + learned)
     torch.manual_seed(1)
     v, _ = dequantize(model, x)
+    torch.randn_like(v)  # of --noise, which is 0
     eps, _ = model.f(v, y)
     images, _ = model.f.inverse([eps[0].detach()], y, "learned")
+    pair = [(v, model.f.critic(v, y)), (images.detach(), model.f.critic(images.detach(), y))]
+    steps = [model.f.critic(w + 0.02 * torch.randn_like(w), y) - scores for w, scores in pair]
+    loss = flow.F.softplus(pair[1][1] - pair[0][1]).mean() + gamma / 2 * sum((step / 0.02) ** 2 for step in steps).mean()
+    got, want = (torch.cat([g.flatten() for g in of]) for of in (found[:len(critic)], torch.autograd.grad(loss, critic)))
+    assert (got - want).norm() < 1e-3 * want.norm()  # small differences are divided by small noise
     loss = ((images - v) ** 2).mean() + flow.F.softplus(model.f.critic(v, y) - model.f.critic(images, y)).mean()
     for a, b in zip(found[len(critic):], torch.autograd.grad(loss, learned), strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert all(a.abs().max() > 0 for a in found)
+    assert all(a.abs().max() > 0 for a in found[len(critic):])
 
 
 @pytest.mark.parametrize(("C", "H", "W"), [(1, 1, 1), (3, 3, 7), (1, 28, 28), (1, 8, 2)])
@@ -374,12 +380,17 @@ def test_the_critic_takes_images_of_any_size_and_their_class(C, H, W):
     assert scores.shape == (4,)
     assert torch.equal(scores, critic(v, y.flip(0)))  # the label begins at 0
     nn.init.normal_(critic.label.weight)
-    h = critic.body(v)
-    assert_close(critic(v, y) - scores, (h * critic.label.weight[y]).mean(1))
+    h = v
+    for i, stride in ((0, 1), (2, 2), (4, 2)):
+        conv = critic.body[i]
+        h = flow.F.conv2d(h, conv.weight, conv.bias, stride, padding=1)
+        h = torch.where(h > 0, h, 0.2 * h)
+    h = h.flatten(1)
+    of_class = (h * critic.label.weight[y]).mean(1)
+    assert_close(critic(v, y), flow.F.linear(h, critic.head.weight, critic.head.bias)[:, 0] + of_class)
+    alone = critic(v.bfloat16().float(), y)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(critic(v, y), critic.float()(v, y)) and critic(v, y).dtype == torch.float32
-    gradient, = torch.autograd.grad(critic(v, y).sum(), critic.head.weight)
-    assert gradient.shape == (1, h.shape[1])
+        assert torch.equal(critic(v.bfloat16(), y), alone)  # in float32, whatever comes in
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -430,6 +441,10 @@ def test_the_learned_inverse_trains_alone_and_resumes(digits, tmp_path, monkeypa
     flow.main(["--resume", "--out", str(parts), "--steps", "8"])
     was, one, two = (tiny.load_checkpoint(folder) for folder in (base, whole, parts))
     tiny.assert_same_state(one, two)
+    assert was["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
+    assert one["optimizer"]["param_groups"][0]["betas"] == (0.5, 0.99)  # of a game
+    matrices = [len(saved["optimizer"]["param_groups"][1]["params"]) for saved in (was, one)]
+    assert matrices[1] - matrices[0] == 3 * 4  # three layers for the flow's one block, four matrices each
     for part in ("model", "ema_model"):
         for name, value in one[part].items():
             assert name.startswith(TRAINED) or torch.equal(value, was["ema_model"][name])
@@ -481,6 +496,14 @@ def test_the_learned_inverse_wants_the_flow_of_init(digits, tmp_path, capsys):
         name = {"--no-labels": "classes", "--n-head": "n_head"}.get(flags.split()[0], flags.split()[0].strip("-"))
         assert stop.value.code == 2
         assert re.fullmatch(rf"--learn-inverse: the run in .* has another {name}", tiny.error_line(capsys.readouterr().err))
+
+
+def test_the_learned_inverse_is_not_that_of_glow(digits, tmp_path, capsys):
+    flow.main([*TINY, "--arch", "glow", "--scales", "1", "--steps-per-scale", "1", "--out", str(tmp_path / "base")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        flow.main([*TINY, "--learn-inverse", "--init", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "has another arch" in tiny.error_line(capsys.readouterr().err)
 
 
 def test_no_learned_inverse_is_one_line(digits, tmp_path, capsys):

@@ -727,6 +727,7 @@ import zipfile
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import get_args, get_origin
 from urllib.request import urlopen
@@ -1289,7 +1290,9 @@ class Run:
                 ours = net.state_dict()
                 fits = {key: value for key, value in theirs.items() if key in ours and ours[key].shape == value.shape}
                 net.load_state_dict(fits, strict=False)
-                odd = sorted((ours.keys() | theirs.keys()) - fits.keys())
+                paths = {key: [*accumulate(key.split("."), "{}.{}".format)] for key in ours.keys() | theirs.keys()}
+                fitting = {module for key in fits for module in paths[key]}  # in which something fits
+                odd = sorted({next(m for m in paths[key] if m not in fitting) for key in paths.keys() - fits.keys()})
                 print(f"--init {self.cfg.init}: {name}" + f", but for what does not fit: {', '.join(odd)}" * bool(odd))
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)

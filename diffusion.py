@@ -8,7 +8,8 @@ for one image. Consistency tuning teaches the network to give the end of its cha
 
 Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v
 (Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022; Kynkaanniemi 2024), flow matching
-(Lipman 2023), consistency models (Song 2023; Song & Dhariwal 2023), logit-normal t (Esser 2024).
+(Lipman 2023), logit-normal t (Esser 2024), JiT (Li & He 2025), consistency models (Song 2023;
+Song & Dhariwal 2023).
   q(x_t | x), all schedules ........... SCHEDULES, q_sample   DDPM eq. 4, flow matching eq. 20
   what the network predicts ........... TARGETS, denoise      Salimans sec. 4 and app. D
   training loss ....................... METHODS, loss         DDPM eq. 14
@@ -52,11 +53,11 @@ except ImportError:
 @dataclass
 class Config:
     # model
-    method: Literal["flow", "v", "ddpm", "cosine"] = "flow"  # row of METHODS; it sets the next four flags that are auto
+    method: Literal["flow", "jit", "v", "ddpm", "cosine"] = "flow"  # row of METHODS; it sets the next four flags that are auto
     schedule: Literal["auto", "straight", "cosine", "linear"] = "auto"  # how alpha_t and sigma_t depend on t
     predict: Literal["auto", "eps", "x", "v", "velocity"] = "auto"  # what the network predicts
     loss_on: Literal["auto", "eps", "x", "v", "velocity"] = "auto"  # whose squared error is the loss
-    times: Literal["auto", "uniform", "logit-normal"] = "auto"  # distribution of t in training
+    times: Literal["auto", "uniform", "logit-normal", "noisy"] = "auto"  # distribution of t in training
     patch: int = 0  # pixels a side that become channels at the input; 0 means 1 below 16 pixels, else 2 (0 to 64)
     width: int = 32  # channels of the first level (1 to 4096)
     mults: tuple[int, ...] = (1, 2)  # factors of --width, one for each level; each level halves the image (1 to 64)
@@ -148,12 +149,15 @@ TARGETS = {  # What a network may predict is a x + b eps. Each row: Level -> (a,
     "v": lambda level: (-level.sigma, level.alpha),  # Salimans 2022, app. D
     "velocity": lambda level: (level.d_alpha, level.d_sigma),  # dx_t / dt
 }
-METHODS = {  # Ho 2020 (L_simple), Nichol 2021, Salimans 2022, Lipman 2023 with the times of Esser 2024
+METHODS = {  # Ho 2020 (L_simple), Nichol 2021, Salimans 2022, Lipman 2023 with the times of Esser 2024, Li & He 2025
     "ddpm": {"schedule": "linear", "predict": "eps", "loss_on": "eps", "times": "uniform"},
     "cosine": {"schedule": "cosine", "predict": "eps", "loss_on": "eps", "times": "uniform"},
     "v": {"schedule": "cosine", "predict": "v", "loss_on": "v", "times": "uniform"},
     "flow": {"schedule": "straight", "predict": "velocity", "loss_on": "velocity", "times": "logit-normal"},
+    "jit": {"schedule": "straight", "predict": "x", "loss_on": "velocity", "times": "noisy"},
 }
+TIMES = {"logit-normal": (0.0, 1.0), "noisy": (0.8, 0.8)}  # mean and deviation of log(t / (1 - t))
+MAX_WEIGHT = 400.0  # of an image's squared error; JiT's 1 / t^2 where t is not below 0.05
 # The range of log SNR in training. At -10 almost no signal is left: sampling and elbo begin there. At 14 the noise is a
 # ninth of the distance between two of the 256 pixel values. Sampling goes to t = 0; elbo ends at --decoder-logsnr.
 MIN_LOGSNR = -10.0
@@ -183,8 +187,9 @@ def loss(model, x, y, cfg, t=None, eps=None):
     """Squared error of --loss-on for a network that predicts --predict. x (B,C,H,W) in [-1,1] -> means (B,)."""
     if t is None:
         t = torch.rand_like(x[:, 0, 0, 0])
-        if cfg.times == "logit-normal":  # Esser 2024
-            t = torch.sigmoid(torch.randn_like(t))
+        if cfg.times != "uniform":
+            mean, deviation = TIMES[cfg.times]
+            t = torch.sigmoid(mean + deviation * torch.randn_like(t))
         low, high = time_of([MAX_LOGSNR, MIN_LOGSNR], cfg).tolist()
         t = low + (high - low) * t
     eps = torch.randn_like(x) if eps is None else eps
@@ -196,7 +201,7 @@ def loss(model, x, y, cfg, t=None, eps=None):
     # At fixed x_t an error d in x_hat is an error of -alpha d / sigma in eps_hat. So the target a x + b eps is off by
     # (a - b alpha / sigma) d. The weight is the squared ratio of the two targets' errors.
     weight = ((level.alpha * b_loss - level.sigma * a_loss) / (level.alpha * b_out - level.sigma * a_out)) ** 2
-    return (weight * error**2).mean((1, 2, 3))  # DDPM eq. 14 where the weight is 1
+    return (weight.clamp(max=MAX_WEIGHT) * error**2).mean((1, 2, 3))  # DDPM eq. 14 where the weight is 1
 
 
 def denoise(model, x_t, t, y, cfg, guidance=1.0):

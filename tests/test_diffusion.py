@@ -116,7 +116,25 @@ def test_loss_is_the_squared_error_of_the_target(schedule, predict, target):
     eps_hat = (x_t - a * x_hat) / s
     wrong = {"eps": eps_hat - eps, "x": x_hat - x, "v": a * (eps_hat - eps) - s * (x_hat - x),
              "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}[target]
-    assert_close(diffusion.loss(net, x, None, cfg, t, eps), (wrong**2).mean((1, 2, 3)))
+    # No error of the network counts more than 400 times, which is JiT's 1 / t^2 with t held above 0.05.
+    out_wrong = {"eps": eps_hat - eps, "x": x_hat - x, "v": a * (eps_hat - eps) - s * (x_hat - x),
+                 "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}[predict]
+    wanted = torch.minimum((wrong**2).mean((1, 2, 3)), 400 * (out_wrong**2).mean((1, 2, 3)))
+    assert_close(diffusion.loss(net, x, None, cfg, t, eps), wanted)
+
+
+@pytest.mark.parametrize("method", list(diffusion.METHODS))
+def test_the_weight_of_each_method(method):
+    """1 at all times, but for jit: an error of x_hat counts 1 / t^2, where t is at least 0.05 (Li and He 2025)."""
+    cfg = config(method=method)
+    x = torch.rand(6, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    eps = torch.randn_like(x)
+    t = torch.tensor([0.001, 0.02, 0.05, 0.051, 0.5, 0.99], dtype=torch.float64)
+    a, b = diffusion.TARGETS[cfg.predict](level_at(t, cfg, x))
+    error = torch.arange(1, 7, dtype=torch.float64)
+    losses = diffusion.loss(lambda x_t, t, y: a * x + b * eps + error.view(-1, 1, 1, 1), x, None, cfg, t, eps)
+    weight = 1 / t.clamp(min=0.05) ** 2 if method == "jit" else torch.ones_like(t)
+    assert_close(losses, weight * error**2)
 
 
 @pytest.mark.parametrize("method", list(diffusion.METHODS))
@@ -135,7 +153,9 @@ def test_training_times(method):
     low, high = time_of([diffusion.MAX_LOGSNR, diffusion.MIN_LOGSNR], cfg).tolist()
     assert low - 1e-6 <= t.min() and t.max() <= high + 1e-6
     quantile = torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64)
-    expected = quantile if cfg.times == "uniform" else torch.sigmoid(torch.tensor([-0.9945, 0.0, 0.9945]).double())
+    normal = torch.tensor([-0.9945, 0.0, 0.9945], dtype=torch.float64)
+    times = {"flow": torch.sigmoid(normal), "jit": torch.sigmoid(0.8 + 0.8 * normal)}  # data is at t = 0, in JiT at 1
+    expected = times.get(method, quantile)
     assert_close(t.quantile(quantile), low + (high - low) * expected, atol=0.02, rtol=0)
 
 

@@ -324,7 +324,7 @@ VARIANTS = [("flow", "--steps 2 --arch glow --coupling spline --scales 1"), ("ga
             ("vae", "--prior flow --likelihood mixture"), ("vqgan", "--quantizer fsq --stage1 2"),
             ("vqgan", "--quantizer simvq --stage1 2 --disc-start 1"), ("vqgan", "--stage1 2 --dropout 0.5"),
             ("autoregressive", "--arch pixelcnn --dropout 0.5"), ("autoregressive", "--arch made --output mixture"),
-            ("diffusion", "--method ddpm --dropout 0.5")]
+            ("diffusion", "--method ddpm --dropout 0.5"), ("diffusion", "--method jit")]
 
 
 @pytest.mark.parametrize("name, flags", VARIANTS)

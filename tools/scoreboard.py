@@ -79,7 +79,6 @@ ROWS = [
     Row("diffusion-ddpm", "diffusion", "weakness: the first sampler, 20 evaluations", sampling="--sampler ddpm",
         of="diffusion-chain"),
     Row("diffusion-chain", "diffusion", "remedy: a solver of second order, 20 evaluations", best=True),
-    Row("diffusion-jit", "diffusion", "remedy: the network predicts the image, not the velocity", "--method jit"),
     Row("diffusion-4", "diffusion", "the same with 4 evaluations", sampling="--nfe 4", of="diffusion-chain"),
     Row("diffusion-tuned", "diffusion", "remedy: consistency tuning, 2 evaluations", "--consistency", tunes=True),
 ]

@@ -115,12 +115,10 @@ def test_loss_is_the_squared_error_of_the_target(schedule, predict, target):
     a, s, da, ds = level_at(t, cfg, x)
     eps_hat = (x_t - a * x_hat) / s
     wrong = {"eps": eps_hat - eps, "x": x_hat - x, "v": a * (eps_hat - eps) - s * (x_hat - x),
-             "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}[target]
+             "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}
+    losses = {name: (error**2).mean((1, 2, 3)) for name, error in wrong.items()}
     # No error of the network counts more than 400 times, which is JiT's 1 / t^2 with t held above 0.05.
-    out_wrong = {"eps": eps_hat - eps, "x": x_hat - x, "v": a * (eps_hat - eps) - s * (x_hat - x),
-                 "velocity": da * (x_hat - x) + ds * (eps_hat - eps)}[predict]
-    wanted = torch.minimum((wrong**2).mean((1, 2, 3)), 400 * (out_wrong**2).mean((1, 2, 3)))
-    assert_close(diffusion.loss(net, x, None, cfg, t, eps), wanted)
+    assert_close(diffusion.loss(net, x, None, cfg, t, eps), torch.minimum(losses[target], 400 * losses[predict]))
 
 
 @pytest.mark.parametrize("method", list(diffusion.METHODS))

@@ -15,7 +15,7 @@ Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 20
   autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
   classical flow .................. Step, Glow                        Glow table 1, RealNVP sec. 3.6
   learned inverse ................. LearnedInverse, inverse_losses    BiFlow sec. 4, R3GAN eq. 2
-  extras .......................... inverse_jacobi, denoise, Dequantizer
+  extras .......................... inverse_jacobi, Dequantizer
 
   python flow.py                                                # digits, needs no download
   python flow.py --dataset mnist --minutes 10                   # MNIST on two CPU cores
@@ -51,8 +51,7 @@ class Config:
     steps_per_scale: int = 8  # glow: steps of actnorm, 1x1 convolution and coupling at each scale (1 to 1024)
     recompute: bool = False  # glow: keep the inputs of the steps alone, the backward pass computes the rest again
     # training
-    labels: bool = True  # condition on the class; the test likelihood is then the exact mean over the classes
-    noise: float = 0.0  # deviation of Gaussian noise on training images in [-1,1]; samples are then denoised (0 to 1)
+    labels: bool = True  # condition on the class; the test likelihood is then the mean of p(x | y) over all classes
     optimizer: Literal["muon", "adam"] = "muon"  # of the transformer's matrices; all else moves by Adam
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
     decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
@@ -128,7 +127,6 @@ def log_likelihood(model, v, log_q, y):
 def loss(model, x, y, cfg):
     """What training minimises: -log P(x | y) in nats a dimension, mean over the batch. Levels x (B,C,H,W) in {0..255}."""
     v, log_q = dequantize(model, x)
-    v = v + cfg.noise * torch.randn_like(v)
     return -log_likelihood(model, v, log_q, y).mean() / v[0].numel()
 
 
@@ -140,10 +138,7 @@ def draw_noise(model, n, generator=None):
 @torch.no_grad()
 def sample(model, eps, y, cfg):
     """Images v (B,C,H,W), about [-1,1], from eps of draw_noise and classes y (B,); and how often a network was called."""
-    v, calls = model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
-    if cfg.noise:
-        v = denoise(model, v, y, cfg.noise)
-    return v, calls
+    return model.f.inverse([cfg.temperature * e for e in eps], y, cfg.inverse)
 
 
 # ---- how a number is transformed: z = g(x; params), monotonic in x; reverse=True gives x from z
@@ -184,10 +179,10 @@ except ImportError:
         x0, y0 = torch.take_along_dim(knots, k[..., None], -1)[..., 0].unbind(-1)
         d0, d1 = torch.take_along_dim(slopes, torch.cat([k, k + 1], -1), -1).unbind(-1)
         s = h / w  # the mean slope of the bin
-        if reverse:  # a quadratic equation, eqs. 6 to 8; its root in two forms, so that nothing cancels
+        if reverse:  # eqs. 6 to 8 divided by h, where b = u + 2 s eta; the root in two forms, so that nothing cancels
             eta = place(v - y0, h)
             u = d0 * (1 - eta) - d1 * eta
-            r = u.abs() + torch.sqrt(u**2 + 4 * s**2 * eta * (1 - eta))
+            r = u.abs() + torch.sqrt(u**2 + 4 * s**2 * eta * (1 - eta))  # the square root is that of b^2 - 4ac
             theta = torch.where(u < 0, r / (r + 2 * s * (1 - eta)), 2 * s * eta / (2 * s * eta + r))
         else:
             theta = place(v - x0, w)
@@ -292,15 +287,14 @@ class TarFlow(nn.Module):
         D = channels * cfg.patch**2
         T = channels * H * W // D
         self.spline = cfg.coupling == "spline"
-        self.shrink = 1 / (1 + 8 * cfg.noise) if self.spline else 1.0  # leaves room for 8 deviations of --noise
         self.blocks = nn.ModuleList(TarBlock(T, D, classes, cfg) for _ in range(cfg.blocks))
         self.noise_shapes = [(T, D)]
         self.learned = LearnedInverse(T, D, classes, cfg) if cfg.learn_inverse else None
         self.critic = Critic(channels, H, W, classes) if cfg.learn_inverse else None
 
     def forward(self, v, y):
-        x = self.shrink * F.pixel_unshuffle(v, self.patch).flatten(2).transpose(1, 2)  # (B,T,D)
-        total = v.new_full((len(v),), v[0].numel() * math.log(self.shrink))
+        x = F.pixel_unshuffle(v, self.patch).flatten(2).transpose(1, 2)  # (B,T,D)
+        total = v.new_zeros(len(v))
         for block in self.blocks:
             x, log_det = block(x, y)
             x = x.flip(1, 2)
@@ -321,7 +315,7 @@ class TarFlow(nn.Module):
             x = x.flip(1, 2)
             x, more = inverse_jacobi(block, x, y) if how == "jacobi" else block.inverse(x, y)
             calls += more
-        x = (x / self.shrink).transpose(1, 2).unflatten(2, (self.rows, -1))  # (B,D,rows,columns)
+        x = x.transpose(1, 2).unflatten(2, (self.rows, -1))  # (B,D,rows,columns)
         return F.pixel_shuffle(x, self.patch), calls
 
 
@@ -460,8 +454,8 @@ class Step(nn.Module):
 
     def forward(self, x, y):
         with torch.autocast(x.device.type, enabled=False):  # --amp is for the networks, not for what passes through
-            W = self.matrix()
-            x = F.conv2d(x, W[:, :, None, None], W @ self.shift)
+            matrix = self.matrix()
+            x = F.conv2d(x, matrix[:, :, None, None], matrix @ self.shift)
         z, log_det = self.transform(x, y)
         return z, log_det + z[0, 0].numel() * (self.log_diag.sum() + self.log_scale.sum())  # Glow eqs. 9 and 11
 
@@ -472,7 +466,7 @@ class Step(nn.Module):
 
 class Prior(nn.Module):
     """The prior N(z; mu, sigma) of numbers z (B,C,H,W) that leave the flow: eps = (z - mu) / sigma is standard normal.
-    mu and sigma are of the class and, where it is given, of `seen`, the half of the channels that goes on."""
+    -log sigma and -mu / sigma depend on the class and, where it is given, on `seen`, the channels that go on."""
 
     def __init__(self, channels, seen, classes):
         super().__init__()
@@ -568,7 +562,7 @@ def initialise(model, v, y):
         hook.remove()
 
 
-# ---- extras: other inverses (jacobi, learned), samples without noise (--noise), learned noise (--dequantize variational)
+# ---- extras: other inverses (jacobi, learned), learned noise (--dequantize variational)
 
 def inverse_jacobi(block, z, y):
     """x from z (B,T,D), all positions at once from the last guess until nothing changes; and the calls of the network.
@@ -584,7 +578,8 @@ def inverse_jacobi(block, z, y):
         changed = torch.zeros_like(todo)
         changed[todo] = (x_new - x[todo]).abs().amax(1) >= 1e-5
         x[todo] = x_new
-        todo = changed.cumsum(1) - changed.int() > 0  # positions after the first change of their image
+        changed_before = changed.cumsum(1) - changed.int()  # how many positions before each one
+        todo = changed_before > 0
     return x, calls
 
 
@@ -602,7 +597,8 @@ class LearnedInverse(nn.Module):
 
     def forward(self, z, y):
         z = z.flip(1, 2) if self.turned else z
-        h = self.embed(torch.cat([z, from_normal(z)], 2)) + self.label(y)[:, None] + self.position
+        h = torch.cat([z, from_normal(z)], 2)  # as normal numbers and as the uniform ones that the splines make
+        h = self.embed(h) + self.label(y)[:, None] + self.position
         for layer in self.layers:
             h = layer(h, lambda q, k, v: attention(q, k, v, None))
         return self.head(h)
@@ -640,7 +636,6 @@ def inverse_losses(model, x, y, cfg):
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the noise is that of the exact flow
         v, _ = dequantize(model, x)
-        v = v + cfg.noise * torch.randn_like(v)  # as in loss; denoise removes it from samples
         eps, _ = model.f(v, y)
     learned, _ = model.f.inverse(eps, y, "learned")
     learned = learned.float()
@@ -662,14 +657,6 @@ def inverse_losses(model, x, y, cfg):
     scores = torch.func.functional_call(critic, frozen, (learned, y))
     adversarial = F.softplus(real_scores.detach() - scores).mean()
     return {"loss": mse + adversarial + critic_loss, "mse": mse, "critic_loss": critic_loss}
-
-
-def denoise(model, v, y, sigma):
-    """E[clean image | v] where v has noise of deviation sigma: v + sigma^2 d log p(v) / dv (Tweedie; TarFlow eq. 8)."""
-    with torch.enable_grad():
-        v = v.detach().requires_grad_()
-        (score,) = torch.autograd.grad(log_density(model, v, y).sum(), v)
-    return v.detach() + sigma**2 * score
 
 
 class Dequantizer(nn.Module):
@@ -707,7 +694,7 @@ def train(data, cfg, run):
     model = build(run.shape, run.classes, cfg).to(run.device)
     if cfg.learn_inverse and not run.saved:  # the flow gets no gradient, so it stays as it was
         taught, other = read_run(cfg.init)
-        for name in "arch shape classes coupling width dequantize blocks layers n_head patch labels noise".split():
+        for name in "arch shape classes coupling width dequantize blocks layers n_head patch labels".split():
             if (vars(taught) | other["facts"])[name] != (vars(cfg) | run.facts)[name]:
                 fail(f"--learn-inverse: the run in {cfg.init} has another {name}")
     if not run.saved:
@@ -740,12 +727,11 @@ def train(data, cfg, run):
 def evaluate(model, images, classes, cfg, device):
     """An upper bound on -log2 P(x) / D of each image, from one draw of noise; P(x) is the mean of P(x | y) over y."""
     generator = torch.Generator().manual_seed(cfg.seed)  # of uniform noise
-    torch.manual_seed(cfg.seed)  # of learned noise, and of --noise
+    torch.manual_seed(cfg.seed)  # of learned noise
     labels = torch.arange(max(classes, 1), device=device)
     bits = []
     for x in progress(images.split(at_once(images.shape[1:])), "evaluation"):
         v, log_q = dequantize(model, x.to(device), generator)
-        v = v + cfg.noise * torch.randn_like(v)
         given_label = [log_likelihood(model, v, log_q, y.expand(len(x))).cpu().double() for y in labels]
         log_p = torch.logsumexp(torch.stack(given_label), 0) - math.log(len(given_label))
         bits.append(-log_p / x[0].numel() / math.log(2))
@@ -1544,9 +1530,8 @@ def main(argv=None):
         bits = evaluate(model, data.test, run.classes, cfg, run.device)
         write(run.folder / "likelihoods.npz", lambda f: np.savez_compressed(f, test=bits), "bits/dim of each test image")
         run.write_metrics(final=True, test_bpd=bits.mean().item())
-        noise = f", noise of {cfg.noise} added" if cfg.noise else ""
         mean = ", the mean of p(x | y) over the classes" if run.classes else ""
-        print(f"test bits/dim {bits.mean():.4f} (upper bound, one draw of {cfg.dequantize} noise{noise}; {run.tested}{mean})")
+        print(f"test bits/dim {bits.mean():.4f} (upper bound, one draw of {cfg.dequantize} noise; {run.tested}{mean})")
     if cfg.mode != "eval":
         start = time.monotonic()
         images, labels, calls = generate(model, cfg.num_samples, cfg, run)

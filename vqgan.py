@@ -162,7 +162,7 @@ class VQ(nn.Module):
         self.sums.lerp_(sum_by_code(z, indices, K), 1 - self.decay)  # m_k <- gamma m_k + (1 - gamma) sum of z, eq. 7
 
         # A dead code becomes a vector of the batch. It gets the mean count, so that it outlives the updates to come.
-        # All counts are 0 at first, so the first update finds nearly every code dead: this is how the codebook begins.
+        # Counts are 0 at first. One update gives a used code a hundredth of n_k, so nearly all are dead, and begin here.
         mean_count = len(z) / K
         dead = self.counts < self.dead * mean_count
         chosen = torch.randint(len(z), (K,), device=z.device)
@@ -263,7 +263,7 @@ def loss_autoencoder(model, D, x, step, cfg):
     reconstruction = F.l1_loss(x_hat, x)
     terms = {"l1": reconstruction, "loss_q": loss_q}
     if step < cfg.disc_start or cfg.disc_weight == 0:
-        return reconstruction + loss_q, terms, x_hat  # VQGAN eq. 4
+        return reconstruction + loss_q, terms, x_hat  # VQGAN eq. 4, by L1; vq's codes move by averages, without a loss
     score, features_hat = D(x_hat)
     if cfg.perceptual_weight > 0:
         _, features = D(x)
@@ -504,7 +504,7 @@ class FSQ(nn.Module):
     def bound(self, z):
         """Into (0, levels - 1), which rounds to {0..levels-1}. The lowest and the highest have half a bin each."""
         even = (self.levels + 1) % 2
-        shift = torch.atanh(even / (self.levels - 1))  # so that z = 0 is a level too where their number is even
+        shift = torch.atanh(even / (self.levels - 1))  # z = 0 goes to (levels - 1 - even) / 2, a level in both cases
         return (torch.tanh(z - shift) + 1) * (self.levels - 1) / 2
 
     def scale(self, digits):
@@ -1446,9 +1446,10 @@ def main(argv=None):
     if cfg.mode != "sample":
         m = evaluate(model, prior, data, cfg, run)
         run.write_metrics(final=True, **m)
-        print(f"{run.tested} reconstructed: L1 {m['test_l1']:.4f}, PSNR {m['test_psnr']:.1f} dB; "
-              f"of {cfg.n_codes} codes {100 * m['usage']:.1f} % in use, perplexity {m['perplexity']:.1f}; "
-              f"{m['test_bits_per_code']:.3f} bits a code, {m['codes_per_image']} codes an image")
+        given = " given the label" if run.classes else ""
+        print(f"{run.tested} reconstructed: L1 {m['test_l1']:.4f}, PSNR {m['test_psnr']:.1f} dB; train images use "
+              f"{100 * m['usage']:.1f} % of {cfg.n_codes} codes, perplexity {m['perplexity']:.1f}; "
+              f"{m['test_bits_per_code']:.3f} bits a code{given}, {m['codes_per_image']} codes an image")
     if cfg.mode != "eval":
         start = time.monotonic()
         images, labels = generate(model, prior, cfg.num_samples, cfg, run)

@@ -68,16 +68,10 @@ def check_log_det_and_inverse(model, shape):
             assert_close(model.f.inverse(eps, y, how)[0], x, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{"coupling": "affine"}, {"coupling": "additive"}, {"noise": 0.1}], ids=str)
-def test_log_det_and_inverse_of_other_tarflows(fields):
-    """Of each coupling, and where splines leave room for the noise of training: 8 deviations of it, and no more."""
-    model, cfg = build("tarflow", (2, 2, 4), patch=2, **fields)
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_log_det_and_inverse_of_other_tarflows(coupling):
+    model, _ = build("tarflow", (2, 2, 4), patch=2, coupling=coupling)
     check_log_det_and_inverse(model, (2, 2, 4))
-    if cfg.noise:
-        seen = []
-        model.f.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
-        model.f(torch.full((1, 2, 2, 4), 1.8, dtype=torch.float64), torch.tensor([0]))
-        assert_close(seen[0], torch.ones_like(seen[0]))
 
 
 def test_log_scales_of_affine_couplings_are_bounded():
@@ -292,16 +286,14 @@ class Linear(nn.Module):
         return self.weight * v.flatten(1).sum(1) + y
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_the_losses_of_the_learned_inverse_against_their_formulas(noise):
+def test_the_losses_of_the_learned_inverse_against_their_formulas():
     """An inverse that is off by a known shift, and a linear critic. Labels and noise are those of the flow, and the target is
-    what the flow was trained on, with its --noise."""
-    model, cfg = learnable(noise=noise)
+    what the flow was trained on."""
+    model, cfg = learnable()
     model.float()
     x, y = torch.randint(0, 256, (3, 1, 4, 6)), torch.tensor([0, 2, 1])
     torch.manual_seed(1)
     v, _ = dequantize(model, x)
-    v = v + noise * torch.randn_like(v)
     eps, _ = model.f(v, y)
     near = [0.02 * torch.randn_like(v) for _ in range(2)]
     seen = []
@@ -309,7 +301,7 @@ def test_the_losses_of_the_learned_inverse_against_their_formulas(noise):
     class Off(nn.Module):
         def forward(self, z, labels):
             seen.append((z, labels))
-            return model.f.shrink * flow.F.pixel_unshuffle(v + 0.2, 2).flatten(2).transpose(1, 2)
+            return flow.F.pixel_unshuffle(v + 0.2, 2).flatten(2).transpose(1, 2)
 
     model.f.learned = Off()
     model.f.critic = Linear(0.3)
@@ -357,7 +349,6 @@ def test_each_of_the_two_opponents_minimises_its_own_loss(gamma, monkeypatch):
     found = torch.autograd.grad(losses["loss"], critic + learned)
     torch.manual_seed(1)
     v, _ = dequantize(model, x)
-    torch.randn_like(v)  # of --noise, which is 0
     eps, _ = model.f(v, y)
     images, _ = model.f.inverse([eps[0].detach()], y, "learned")
     pair = [(v, model.f.critic(v, y)), (images.detach(), model.f.critic(images.detach(), y))]
@@ -487,8 +478,8 @@ def test_the_learned_inverse_nears_the_exact_one():
 def test_the_learned_inverse_wants_the_flow_of_init(digits, tmp_path, capsys):
     """Whatever of the network differs: else parts of the flow would be those that nobody trained."""
     flow.main([*TINY, "--out", str(tmp_path / "base")])
-    for flags in ("--layers 2", "--n-head 1", "--no-labels", "--coupling affine", "--noise 0.1", "--width 12", "--blocks 2",
-                  "--patch 4", "--dequantize variational"):
+    for flags in ("--layers 2", "--n-head 1", "--no-labels", "--coupling affine", "--width 12", "--blocks 2", "--patch 4",
+                  "--dequantize variational"):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             flow.main([*TINY, *flags.split(), "--learn-inverse", "--init", str(tmp_path / "base"), "--out",
@@ -528,19 +519,7 @@ def test_the_learned_inverse_wants_images_of_the_size_of_init(digits, tmp_path, 
     assert stop.value.code == 2 and "another shape" in tiny.error_line(capsys.readouterr().err)
 
 
-# ---- samples with and without noise
-
-
-def test_denoising_gaussian_data():
-    """Tweedie: data N(0, 1) seen through noise of deviation s has the posterior mean v / (1 + s^2)."""
-    class Gaussian(nn.Module):
-        def forward(self, v, y):
-            return [v / math.sqrt(1 + 0.3**2)], v.new_zeros(len(v))
-
-    model = nn.Module()
-    model.f = Gaussian()
-    v, y = batch(5, (1, 3, 3))
-    assert_close(flow.denoise(model, v, y, 0.3), v / (1 + 0.3**2))
+# ---- samples
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.3])
@@ -569,15 +548,13 @@ def test_each_term_of_the_bound():
     assert_close(log_likelihood(model, v, log_q, y), density - 16 * math.log(128) - log_q)
 
 
-@pytest.mark.parametrize("fields", [{"dequantize": "variational"}, {"noise": 0.1}], ids=str)
-def test_evaluation_takes_what_training_adds(fields):
-    """The learned noise counts with its density, that of --noise is added: 5 images in one batch, by the same draws."""
-    model, cfg = build("affine", **fields)
+def test_evaluation_takes_the_noise_of_training():
+    """The learned noise counts with its density: 5 images in one batch, by the same draws."""
+    model, cfg = build("affine", dequantize="variational")
     images, model = torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8), model.float()
     found = flow.evaluate(model, images, 3, cfg, "cpu")
     torch.manual_seed(cfg.seed)
     v, log_q = dequantize(model, images, torch.Generator().manual_seed(cfg.seed))
-    v = v + cfg.noise * torch.randn_like(v)
     logs = torch.stack([log_likelihood(model, v, log_q, torch.full((5,), label)).double() for label in range(3)])
     assert_close(found, -logs.exp().mean(0).log() / 16 / math.log(2), rtol=1e-5, atol=1e-5)
     plain, _ = dequantize(model, images, torch.Generator().manual_seed(cfg.seed))
@@ -690,8 +667,7 @@ def final(out):
 
 @pytest.mark.parametrize("flags, said", [
     ("", "one draw of uniform noise; all 8 test images, the mean of p(x | y) over the classes)"),
-    ("--dequantize variational --noise 0.1 --no-labels --eval-images 5",
-     "one draw of variational noise, noise of 0.1 added; the first 5 of 8 test images)")])
+    ("--dequantize variational --no-labels --eval-images 5", "one draw of variational noise; the first 5 of 8 test images)")])
 def test_what_kind_of_figure_it_is_is_told(flags, said, digits, tmp_path, capsys):
     flow.main([*TINY, "--steps", "1", "--out", str(tmp_path / "run"), *flags.split()])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("test bits/dim"))
@@ -699,8 +675,8 @@ def test_what_kind_of_figure_it_is_is_told(flags, said, digits, tmp_path, capsys
 
 
 @pytest.mark.parametrize("flags", [
-    "--arch glow", "--arch glow --coupling additive --recompute --noise 0.05", "--arch glow --steps-per-scale 2",
-    "--arch glow --scales 1 --no-labels --dequantize variational", "--inverse jacobi --label 2", "--noise 0.05 --patch 4",
+    "--arch glow", "--arch glow --coupling additive --recompute", "--arch glow --steps-per-scale 2",
+    "--arch glow --scales 1 --no-labels --dequantize variational", "--inverse jacobi --label 2", "--patch 4",
     "--arch glow --recompute --amp bf16", "--temperature 0.5", "--no-labels --minutes 0.02", "--kernels torch --layers 1"])
 def test_every_option_runs(digits, tmp_path, flags):
     out = tmp_path / "run"
@@ -726,23 +702,23 @@ def test_temperature_is_the_scale_of_the_noise(kind):
         assert_close(flat(model.f(images, y)[0]), 0.5 * flat(eps), rtol=1e-6, atol=1e-6)
 
 
-def test_the_noise_of_training_is_normal(digits, tmp_path, monkeypatch):
-    """Of the deviation of --noise, on top of uniform noise in the bins, other in each step and not of the image."""
+def test_the_noise_of_training_is_uniform(digits, tmp_path, monkeypatch):
+    """It fills the width of a level, and is other in each step and not of the image."""
     seen, inside = [], flow.log_likelihood
     x, y = digits.train[:200], digits.train_labels[:200]
 
     def watch(model, v, log_q, y):
         if model.training:
-            seen.append((v + 1) * 128 - x - 0.5)
+            seen.append((v + 1) * 128 - x)
         return inside(model, v, log_q, y)
 
     monkeypatch.setattr(flow, "log_likelihood", watch)
     monkeypatch.setattr(flow.Run, "batch", lambda run, data: (x, y))
-    flow.main([*TINY, *"--noise 0.1 --steps 2 --save-every 100 --coupling affine --out".split(), str(tmp_path / "run")])
+    flow.main([*TINY, *"--steps 2 --save-every 100 --coupling affine --out".split(), str(tmp_path / "run")])
     first, second = (r.flatten() for r in seen)
-    std = math.sqrt(12.8**2 + 1 / 12)
-    assert first.std().item() == pytest.approx(std, rel=0.03)
-    assert first.abs().mean().item() == pytest.approx(std * math.sqrt(2 / math.pi), rel=0.03)
+    assert first.min() >= 0 and first.max() <= 1
+    assert first.mean().item() == pytest.approx(1 / 2, rel=0.03)
+    assert first.std().item() == pytest.approx(math.sqrt(1 / 12), rel=0.03)
     for other in (second, x.flatten().float()):
         assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1].item()) < 5 / len(first) ** 0.5
 
@@ -767,7 +743,7 @@ def test_temperature_nought_gives_one_image_a_class(digits, tmp_path):
     assert (images == images[0]).all()
 
 
-@pytest.mark.parametrize("flags", ["--dequantize variational", "--arch glow --noise 0.05 --temperature 0.7 --label 2",
+@pytest.mark.parametrize("flags", ["--dequantize variational", "--arch glow --temperature 0.7 --label 2",
                                    "--inverse jacobi --no-labels"])
 def test_a_checkpoint_in_three_lines(digits, tmp_path, flags):
     """load gives the averaged network: from the same noise, sample gives the images that the run wrote."""
@@ -800,13 +776,6 @@ def test_choose_takes_the_largest_patch_that_fits():
         assert flow.choose(Config(), H, W).patch == patch
     assert [flow.choose(Config(arch=arch), 8, 8).width for arch in ("glow", "tarflow")] == [64, 128]
     assert flow.choose(Config(arch="glow", width=12), 8, 8).width == 12
-
-
-def test_sampling_denoises_where_training_added_noise():
-    model, cfg = build("affine", noise=0.2)
-    eps, y = [torch.randn(3, *shape, dtype=torch.float64) for shape in model.f.noise_shapes], torch.arange(3)
-    noisy, _ = sample(model, eps, y, dataclasses.replace(cfg, noise=0.0))
-    assert_close(sample(model, eps, y, cfg)[0], flow.denoise(model, noisy, y, 0.2))
 
 
 @pytest.fixture()

@@ -60,7 +60,6 @@ TABLE = {
         "scales": ("--arch glow", "--scales 1", WEIGHTS),
         "steps_per_scale": ("--arch glow", "--steps-per-scale 2", WEIGHTS),
         "labels": ("", "--no-labels", WEIGHTS),
-        "noise": ("", "--noise 0.05", WEIGHTS),
         "optimizer": ("", "--optimizer adam", WEIGHTS),
         "warmup": ("", "--warmup 3", WEIGHTS),
         "decay": ("", "--decay 1", WEIGHTS),
@@ -319,7 +318,7 @@ def test_the_average_of_the_weights_follows_its_formula(module, tmp_path, monkey
 
 
 VARIANTS = [("flow", "--steps 2 --arch glow --coupling spline --scales 1"), ("gan", "--spectral-norm"),
-            ("flow", "--steps 2 --arch glow --recompute --noise 0.1 --steps-per-scale 2 --dequantize variational"),
+            ("flow", "--steps 2 --arch glow --recompute --steps-per-scale 2 --dequantize variational"),
             ("gan", "--spectral-norm --loss wgan-gp --r1 1"), ("vae", "--levels 2 --posterior iaf"), ("vae", "--prior vamp"),
             ("vae", "--prior flow --likelihood mixture"), ("vqgan", "--quantizer fsq --stage1 2"),
             ("vqgan", "--quantizer simvq --stage1 2 --disc-start 1"), ("vqgan", "--stage1 2 --dropout 0.5"),
@@ -556,13 +555,12 @@ def training_fields(module, folder):
 
 
 def test_what_is_for_training_changes_no_figure_and_no_sample(module, tmp_path, monkeypatch):
-    """evaluate and generate with every such field at another value. That of labels has made another network; flow.py adds
-    the noise of --noise in evaluation too, and takes it from samples."""
+    """evaluate and generate with every such field at another value. That of labels has made another network."""
     for function in ("evaluate", "generate"):
         args = caught(module, function, monkeypatch, tmp_path / function)
         want = getattr(module, function)(*args)
         for name, value in training_fields(module, tmp_path / "new"):
-            if name == "labels" or (module.__name__, name) == ("flow", "noise"):
+            if name == "labels":
                 continue
             found = getattr(module, function)(*with_config(args, module, **{name: value}))
             pairs = zip(want, found, strict=True) if isinstance(want, tuple) else [(want, found)]
@@ -689,8 +687,8 @@ FIGURES = {  # as they are said
                        "This is the mean of p(x | y) over the classes. Given the label it is {test_nats_given_label:.3f} nats"],
     "diffusion": ["test bits/dim {test_bpd:.4f} (upper bound given the label, all 5 test images, 1 time samples each: prior "
                   "{test_prior:.4f} + diffusion {test_diffusion:.4f} + reconstruction {test_reconstruction:.4f})"],
-    "vqgan": ["all 5 test images reconstructed: L1 {test_l1:.4f}, PSNR {test_psnr:.1f} dB; of 8 codes {percent:.1f} % in use, "
-              "perplexity {perplexity:.1f}; {test_bits_per_code:.3f} bits a code, 16 codes an image"]}
+    "vqgan": ["all 5 test images reconstructed: L1 {test_l1:.4f}, PSNR {test_psnr:.1f} dB; train images use {percent:.1f} % of "
+              "8 codes, perplexity {perplexity:.1f}; {test_bits_per_code:.3f} bits a code given the label, 16 codes an image"]}
 
 
 @pytest.mark.parametrize("name", FIGURES)

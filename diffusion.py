@@ -6,10 +6,8 @@ fixed to a Gaussian Markov chain. Each level's KL is then a squared error, one n
 all levels at once, and the number of levels may go to infinity. A chain asks its network many times
 for one image. Consistency tuning teaches the network to give the end of its chain from any point.
 
-Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), cosine schedule (Nichol 2021), v
-(Salimans 2022), DPM-Solver++ (Lu 2022), guidance (Ho 2022; Kynkaanniemi 2024), flow matching
-(Lipman 2023), logit-normal t (Esser 2024), JiT (Li & He 2025), consistency models (Song 2023;
-Song & Dhariwal 2023).
+Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), v (Salimans 2022), DPM-Solver++ (Lu
+2022), flow matching (Lipman 2023), consistency models (Song 2023; Song & Dhariwal 2023).
   q(x_t | x), all schedules ........... SCHEDULES, q_sample   DDPM eq. 4, flow matching eq. 20
   what the network predicts ........... TARGETS, denoise      Salimans sec. 4 and app. D
   training loss ....................... METHODS, loss         DDPM eq. 14
@@ -20,8 +18,7 @@ Song & Dhariwal 2023).
   python diffusion.py                                         # digits, needs no network
   python diffusion.py --dataset mnist --minutes 10            # MNIST on two CPU cores
   python diffusion.py --dataset mnist --consistency --init runs/diffusion-mnist --out runs/fast
-Result on two CPU cores (Zen 5): MNIST in 10 minutes, 1.13 bits/dim and a Frechet distance of 0.064
-(10,000 samples, tools/evaluate.py), where real images have 0.037. Digits take 55 s.
+The second gives 1.13 bits/dim and a Frechet distance of 0.064 on Zen 5; real images have 0.037.
 """
 
 import copy
@@ -37,17 +34,14 @@ from PIL import Image
 from torch import nn
 
 try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
-    from kernels.group_norm import group_norm_silu
-except ImportError:
-    def group_norm_silu(x, groups, weight, bias, eps=1e-5):
-        return F.silu(torch.group_norm(x, groups, weight, bias, eps))
-
-
-try:
     from kernels.attention import attention
+    from kernels.group_norm import group_norm_silu
 except ImportError:
     def attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
+
+    def group_norm_silu(x, groups, weight, bias, eps=1e-5):
+        return F.silu(torch.group_norm(x, groups, weight, bias, eps))
 
 
 @dataclass
@@ -60,7 +54,7 @@ class Config:
     times: Literal["auto", "uniform", "logit-normal", "noisy"] = "auto"  # distribution of t in training
     patch: int = 0  # pixels a side that become channels at the input; 0 means 1 below 16 pixels, else 2 (0 to 64)
     width: int = 32  # channels of the first level (1 to 4096)
-    mults: tuple[int, ...] = (1, 2)  # factors of --width, one for each level; each level halves the image (1 to 64)
+    mults: tuple[int, ...] = (1, 2)  # factors of --width, one for each level; each further one halves the image (1 to 64)
     blocks: int = 1  # residual blocks a level (1 to 64)
     n_head: int = 4  # attention heads at the lowest level, 0 for no attention (0 to 256)
     # training
@@ -74,7 +68,7 @@ class Config:
     decoder_logsnr: float = 5.0  # log SNR at which elbo ends the chain of latents and begins the decoder (0 to 14)
     elbo_samples: int = 8  # values of t that elbo draws for each image (1 to 10000)
     sampler: Literal["auto", "ddim", "ddpm", "dpm++", "heun", "consistency"] = "auto"  # auto: dpm++, tuned consistency
-    nfe: int = 0  # network evaluations a sample at most, 0: 20, tuned 2; a guided one counts as two (0 to 10000)
+    nfe: int = 0  # most network evaluations a sample, a guided step takes two; one step is always made; 0: 20, tuned 2 (0 to 10000)
     guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
     guidance_interval: tuple[float, float] = (-3.0, 1.0)  # guide at log SNR from LOW to HIGH only (-14 to 14)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
@@ -113,7 +107,7 @@ BETA_0 = 0.1  # DDPM's rate of noise, beta(t) = BETA_0 + SLOPE t: from 0.1 to 20
 SLOPE = 19.9
 
 
-def straight(t):  # flow matching and rectified flow: a straight line from x to eps
+def straight(t):  # flow matching (there t runs the other way) and rectified flow: a line from x to eps
     return Level(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
 
 
@@ -162,7 +156,7 @@ MAX_WEIGHT = 400.0  # of an image's squared error; JiT's 1 / t^2 where t is not 
 # ninth of the distance between two of the 256 pixel values. Sampling goes to t = 0; elbo ends at --decoder-logsnr.
 MIN_LOGSNR = -10.0
 MAX_LOGSNR = 14.0
-HUBER = 0.03  # consistency_loss is a squared distance below this one (of a pixel in [-1,1]), and the distance itself above
+HUBER = 0.03  # c of the pseudo-Huber loss: as a square below this mean distance of a pixel in [-1,1], as the distance above
 CONTEXTS = 32  # levels of a pixel's neighbours; elbo's decoder has a histogram for each
 ROUND = 250  # steps of tuning with the same chains
 
@@ -201,7 +195,7 @@ def loss(model, x, y, cfg, t=None, eps=None):
     # At fixed x_t an error d in x_hat is an error of -alpha d / sigma in eps_hat. So the target a x + b eps is off by
     # (a - b alpha / sigma) d. The weight is the squared ratio of the two targets' errors.
     weight = ((level.alpha * b_loss - level.sigma * a_loss) / (level.alpha * b_out - level.sigma * a_out)) ** 2
-    return (weight.clamp(max=MAX_WEIGHT) * error**2).mean((1, 2, 3))  # DDPM eq. 14 where the weight is 1
+    return (weight.clamp(max=MAX_WEIGHT) * error**2).mean((1, 2, 3))  # DDPM eq. 14 is eps on eps, where the weight is 1
 
 
 def denoise(model, x_t, t, y, cfg, guidance=1.0):
@@ -228,7 +222,8 @@ def move(x_t, d, here, there, tau=0.0):
 
 
 def consistency_loss(model, x_t, t, end, y, cfg):
-    """How far x_hat is from the end of the chain that x_t is on. x_t, end (B,C,H,W), t (B,) -> pseudo-Huber distances (B,)."""
+    """How far x_hat is from the end of the chain that x_t is on. x_t, end (B,C,H,W), t (B,) -> pseudo-Huber distances (B,).
+    The end is the one that the teacher's sampler reached. Consistency training takes the network's own answer nearby."""
     x_hat = denoise(model, x_t, t, y, cfg)
     square = ((x_hat - end) ** 2).mean((1, 2, 3))
     return (square + HUBER**2).sqrt() - HUBER  # Song & Dhariwal 2023 eq. 7
@@ -236,7 +231,7 @@ def consistency_loss(model, x_t, t, end, y, cfg):
 
 def guidance_at(t, y, cfg):
     """The guidance at times t (N,): only in --guidance-interval does it help (Kynkaanniemi 2024). Less than 1 is for all t."""
-    if y is None or cfg.sampler == "consistency":  # a tuned network is guided already
+    if y is None or cfg.consistency:  # a tuned network is guided already
         return torch.ones_like(t)
     noisy, clean = time_of(cfg.guidance_interval, cfg)
     return torch.where((t <= noisy) & (t >= clean) | (cfg.guidance < 1), cfg.guidance, 1.0)
@@ -250,7 +245,7 @@ def sample(model, x, y, cfg, generator=None, before_step=None):
       ddim   d = x_hat(t)                                        tau = 0
       ddpm   d = x_hat(t)                                        tau^2 = variance of q(x_t_next | x_t, x)
       dpm++  d = x_hat(t), extrapolated from the step before     tau = 0
-      heun   d = mean of x_hat(t) and x_hat(t_next)              tau = 0
+      heun   d = mean of x_hat(t) and x_hat(t_next)              tau = 0, Heun's rule for x_t / sigma
       consistency  d = x_hat(t) of a tuned network               tau = sigma of t_next: all noise is fresh
     The last step goes to t = 0. There sigma = 0, so the chain ends in x_hat itself, and no sampler corrects it.
     before_step(x_t, t) sees the latent before each step, and may return another one (inpainting).
@@ -350,7 +345,7 @@ def elbo(model, x, y, cfg, counts, generator=None):
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
     place = (offset + torch.arange(len(x)) / len(x)) % 1  # (B,)
     diffusion = 0
-    for k in range(K):  # all levels' KLs: 1/2 int E|eps - eps_hat|^2 d lambda, VDM eq. 17, which is SNR |x - x_hat|^2 within
+    for k in range(K):  # the KLs of all levels: 1/2 int E[SNR |x - x_hat|^2] d lambda, VDM eq. 17 in x in the place of eps
         logsnr = MIN_LOGSNR + span * (k + place) / K
         t = time_of(logsnr, cfg)
         eps = torch.randn(data.shape, generator=generator).to(data)
@@ -358,8 +353,8 @@ def elbo(model, x, y, cfg, counts, generator=None):
         diffusion = diffusion + 0.5 * span / K * logsnr.exp().to(data) * ((data - x_hat) ** 2).sum((1, 2, 3))
     x_seen = data + math.exp(-cfg.decoder_logsnr / 2) * torch.randn(data.shape, generator=generator).to(data)
     reconstruction = -decoder_log_prob(x, x_seen, cfg.decoder_logsnr, counts).sum((1, 2, 3))
-    terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
-    terms["bpd"] = prior + diffusion + reconstruction
+    total = prior + diffusion + reconstruction
+    terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction, "bpd": total}
     return {name: nats / (x[0].numel() * math.log(2)) for name, nats in terms.items()}
 
 
@@ -413,12 +408,11 @@ class Attention(nn.Module):
         self.proj = zero(nn.Linear(channels, channels))
 
     def forward(self, x):
-        B, C, H, W = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
-        qkv = self.qkv(self.norm(tokens)).view(B, H * W, 3, self.n_head, C // self.n_head)
+        qkv = self.qkv(self.norm(tokens)).unflatten(2, (3, self.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, H*W, head_dim)
-        y = attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
-        return x + self.proj(y).transpose(1, 2).view(B, C, H, W)
+        y = attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.proj(y).transpose(1, 2).view_as(x)
 
 
 class UNet(nn.Module):
@@ -496,7 +490,7 @@ def train(data, cfg, run):
         theirs, ours = ([p.shape for p in network.parameters()] for network in (teacher, model))
         if (taught.schedule, taught.predict, theirs) != (cfg.schedule, cfg.predict, ours):
             fail("--consistency: the run of --init has another --schedule, --predict or network")
-        tuning = tuning_batches(teacher, replace(cfg, sampler="dpm++", nfe=20), run)
+        tuning = tuning_batches(teacher, replace(cfg, consistency=False, sampler="dpm++", nfe=20), run)
     model.train()
     for step in run.steps(parts, lambda: generate(ema, 80, cfg, run)[0]):
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
@@ -522,7 +516,7 @@ def tuning_batches(teacher, cfg, run):
         noise = torch.randn(at_once(run.shape), *run.shape, generator=generator).to(run.device)
         y = torch.arange(len(noise), device=run.device) % max(run.classes, 1)
         latents = []
-        end = sample(teacher, noise, y, cfg, before_step=lambda *latent, to=latents: to.append(latent))
+        end = sample(teacher, noise, y, cfg, before_step=lambda x_t, t, to=latents: to.append((x_t, t)))
         x_t, t = map(torch.stack, zip(*latents, strict=True))  # (n,R,C,H,W) and (n,), of R chains at n levels
         while run.step // ROUND == now:
             level, chain = (torch.randint(n, (B,)) for n in (len(t), len(end)))
@@ -1319,9 +1313,8 @@ def choose(cfg):
         if getattr(cfg, field) == "auto":
             setattr(cfg, field, value)
     cfg.nfe = cfg.nfe or (2 if cfg.consistency else 20)
-    lowest = cfg.width * cfg.mults[-1]
-    if cfg.n_head and lowest % cfg.n_head:
-        fail(f"--n-head {cfg.n_head} does not divide the {lowest} channels of the lowest level")
+    if cfg.n_head and cfg.width * cfg.mults[-1] % cfg.n_head:
+        fail(f"--n-head {cfg.n_head} does not divide --width times the last of --mults, the channels of the lowest level")
     return cfg
 
 

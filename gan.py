@@ -98,14 +98,14 @@ LOSS_D = {
     "nonsaturating": lambda real, fake: F.softplus(-real) + F.softplus(fake),  # GAN eq. 1
     "minimax": lambda real, fake: F.softplus(-real) + F.softplus(fake),  # GAN eq. 1
     "hinge": lambda real, fake: F.relu(1 - real) + F.relu(1 + fake),  # Miyato 2018
-    "wgan-gp": lambda real, fake: fake - real,  # WGAN-GP eq. 3; loss_d adds the penalty
+    "wgan-gp": lambda real, fake: fake - real,  # WGAN-GP eq. 3; loss_d adds the penalty, and D gets one step, not five
 }
 LOSS_G = {
     "relativistic": lambda real, fake: F.softplus(real - fake),  # R3GAN eq. 2, real and fake exchanged
     "nonsaturating": lambda real, fake: F.softplus(-fake),  # GAN section 3
     "minimax": lambda real, fake: -F.softplus(fake),  # GAN eq. 1
     "hinge": lambda real, fake: -fake,  # Miyato 2018
-    "wgan-gp": lambda real, fake: -fake,  # WGAN-GP eq. 3
+    "wgan-gp": lambda real, fake: -fake,  # WGAN-GP alg. 1
 }
 WGAN_LAMBDA = 10  # lambda in WGAN-GP eq. 3
 

@@ -158,7 +158,7 @@ def pixel_mean(params, likelihood):
 class Draw(NamedTuple):
     """One level of the chain, drawn from its posterior."""
     z: torch.Tensor
-    shift: torch.Tensor  # where x moves the Gaussian's mean, to count active units: (mu_q - mu_p) / sigma_p; at the top mu
+    shift: torch.Tensor  # where x moves the mean, to count active units: (mu_q - mu_p) / sigma_p; at the top mu, before IAF
     log_q: torch.Tensor  # log q(z_l | z_l+1, x), (B,)
     log_p: torch.Tensor  # log p(z_l | z_l+1), (B,)
     kl: torch.Tensor  # KL(q || p), (B,), in closed form where both are Gaussian, else log q - log p at this z
@@ -209,7 +209,7 @@ def loss(model, x, cfg, kl_weight=1.0):
     log_px, kls = elbo_terms(model, x, cfg)
     kl = kls.mean(1)  # (L,)
     if cfg.free_nats > 0:
-        kl = kl.clamp(min=cfg.free_nats)  # free bits (IAF paper): what lies below costs nothing more
+        kl = kl.clamp(min=cfg.free_nats)  # free bits (IAF paper), of each level's mean over the batch
     return kl_weight * kl.sum() - log_px.mean(), log_px, kls
 
 
@@ -270,7 +270,7 @@ def sample_prior(model, n, temperature=1.0):
 
 
 def vamp_components(model):
-    """mu, logvar (pseudo_inputs,z_dim) of the VampPrior: the posteriors of images in [0,1] that are learned."""
+    """mu, logvar (pseudo_inputs,z_dim) of the VampPrior: the posteriors, before IAF, of images in [0,1] that are learned."""
     mu, logvar, _ = model.top(model.encode(2 * model.pseudo.clamp(0, 1) - 1)[-1])
     return mu, logvar
 
@@ -327,7 +327,7 @@ def zero(module):
 
 
 def bounded(logvar):
-    """Within (-6, 6), so that no exp overflows: of a log-variance, standard deviations from 0.05 to 20."""
+    """Within (-6, 6), so that no exp overflows: a standard deviation, or the factor on one, from 0.05 to 20."""
     return 6 * torch.tanh(logvar / 6)
 
 
@@ -372,7 +372,7 @@ class Level(nn.Module):
     def posterior(self, h, e, mu_p, logvar_p):
         """mu and logvar, from those of the prior, and the shift of mu in standard deviations of the prior."""
         shift, d_logvar = self.q(torch.cat([h, e], 1)).to(self.q.weight.dtype).chunk(2, 1)
-        mu_q = mu_p + torch.exp(logvar_p / 2) * shift  # NVAE sec. 3.2
+        mu_q = mu_p + torch.exp(logvar_p / 2) * shift  # NVAE sec. 3.2, with its shift in units of sigma_p
         logvar_q = logvar_p + bounded(d_logvar)
         return mu_q, logvar_q, shift
 

@@ -308,8 +308,9 @@ def test_guidance():
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun", "consistency"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("interval", [(-14.0, 14.0), (-5.0, 2.0)])
-def test_nfe_counts_network_evaluations(sampler, guidance, interval):
-    """As many as fit, and not one more."""
+@pytest.mark.parametrize("tuned", [False, True])
+def test_nfe_counts_network_evaluations(sampler, guidance, interval, tuned):
+    """As many as fit, and not one more. A network that --consistency has tuned is guided already, whatever samples it."""
     calls = []
 
     class Net:
@@ -321,11 +322,13 @@ def test_nfe_counts_network_evaluations(sampler, guidance, interval):
 
     for steps in (1, 2, 7, 20):
         calls.clear()
-        cfg = config(sampler=sampler, nfe=steps, guidance=guidance, guidance_interval=interval)
+        cfg = config(sampler=sampler, nfe=steps, guidance=guidance, guidance_interval=interval, consistency=tuned)
         sample(Net(), torch.zeros(2, 1, 2, 2), torch.tensor([1, 7]), cfg)
-        twice = guidance == 1.5 and sampler != "consistency" and interval[0] < -10  # at the first level
+        twice = guidance == 1.5 and not tuned and interval[0] < -10  # at the first level
         least = 2 if twice else 1  # one step, whatever it takes
         assert max(steps - 3, least) <= len(calls) <= max(steps, least)
+        if tuned:
+            assert {tuple(y.tolist()) for y in calls} == {(1, 7)}
 
 
 @pytest.mark.parametrize("interval", ["1", "-20 3", "nan 1", "-5 x"])

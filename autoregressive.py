@@ -1199,7 +1199,8 @@ class Run:
         self.step, self.seconds, self.log_size = (saved.get(name, 0) for name in ("step", "seconds", "log_size"))
         vars(self).update(saved.get("facts", {}))  # shape, classes, names and train_images of the data
         self.rank, local, self.world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        mps = torch.backends.mps.is_available() and self.world == 1  # gloo has no tensors of MPS
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
         kind = there[0] if cfg.device == "auto" else cfg.device
         if kind not in there:
             fail(f"--device {kind}: not available here, there is {', '.join(there)}")

@@ -68,7 +68,7 @@ class Config:
     decoder_logsnr: float = 5.0  # log SNR at which elbo ends the chain of latents and begins the decoder (0 to 14)
     elbo_samples: int = 8  # values of t that elbo draws for each image (1 to 10000)
     sampler: Literal["auto", "ddim", "ddpm", "dpm++", "heun", "consistency"] = "auto"  # auto: dpm++, tuned consistency
-    nfe: int = 0  # most network evaluations a sample, a guided step takes two; one step is always made; 0: 20, tuned 2 (0 to 10000)
+    nfe: int = 0  # most network evaluations a sample, two a guided step; never less than a step; 0: 20, tuned 2 (0 to 10000)
     guidance: float = 1.5  # classifier-free guidance: 0 drops the label, 1 is conditional, more is sharper (0 to 1000)
     guidance_interval: tuple[float, float] = (-3.0, 1.0)  # guide at log SNR from LOW to HIGH only (-14 to 14)
     label: str | None = None  # sample this class only, by its name or number; else all in turn
@@ -1102,7 +1102,8 @@ class Run:
         self.step, self.seconds, self.log_size = (saved.get(name, 0) for name in ("step", "seconds", "log_size"))
         vars(self).update(saved.get("facts", {}))  # shape, classes, names and train_images of the data
         self.rank, local, self.world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        mps = torch.backends.mps.is_available() and self.world == 1  # gloo has no tensors of MPS
+        there = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
         kind = there[0] if cfg.device == "auto" else cfg.device
         if kind not in there:
             fail(f"--device {kind}: not available here, there is {', '.join(there)}")

@@ -1401,6 +1401,7 @@ def test_what_is_wrong_in_the_program_is_shown_in_full():
         program(main)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
 def test_launch_leaves_nothing_behind(tmp_path):
     """Handlers and locks are as they were: a notebook goes on."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -1417,6 +1418,7 @@ def test_launch_leaves_nothing_behind(tmp_path):
 
 
 @every_script
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
 @pytest.mark.parametrize("stepping", [False, True], ids=["at once", "after a step"])
 def test_a_run_after_one_that_was_stopped(tmp_path, stepping, module, monkeypatch):
     """What stopped a run in this process (a notebook) does not stop the next one, whether it goes through launch() or not."""
@@ -1543,6 +1545,18 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path, monkeypatch, capsys):
         make_run(tmp_path / "run", "--batch-size", 16)
     line = error_line(capsys.readouterr().err)
     assert e.value.code == 2 and "--batch-size 16" in line and "3 processes" in line
+
+
+def test_several_processes_do_not_share_an_mps_device(tmp_path, monkeypatch, capsys):
+    """gloo has no tensors of it: "auto" takes the CPU, and asking for it is refused."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert make_run(tmp_path / "one", "--device", "mps").device.type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(p.dist, "is_initialized", lambda: True)
+    assert make_run(tmp_path / "two", "--device", "auto").device.type == "cpu"
+    with pytest.raises(SystemExit) as e:
+        make_run(tmp_path / "three", "--device", "mps")
+    assert e.value.code == 2 and "--device mps" in error_line(capsys.readouterr().err)
 
 
 NAME_THREADS = """

@@ -62,7 +62,8 @@ def run(module, argv):
 @contextlib.contextmanager
 def handlers_kept():
     """Whatever handlers of stop signals are set within are gone afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     try:
         yield
     finally:
@@ -160,6 +161,8 @@ def cifar10_archive():
 
 
 def fork_server():
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows; each process then imports all by itself
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "sklearn.datasets", "matplotlib.pyplot", "torch._dynamo"])
     before = os.environ.get("PYTHONPATH")

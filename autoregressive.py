@@ -576,7 +576,7 @@ CACHES = {"transformer": KeyValueCache, "pixelcnn": GatedCache, "made": UnitCach
 
 # ---- the loops
 
-VALUES_AT_ONCE = 784  # fewer than 250 images are taken at once where they have more values: each may have 256 logits
+VALUES_AT_ONCE = 784  # of an image, where 250 are taken at once: so 250 x 784 x 256 logits fit
 
 
 def choose(cfg, H, W):

@@ -12,7 +12,7 @@ Papers: GAN (Goodfellow 2014), relativistic pairing (Jolicoeur-Martineau 2019), 
 2018), R3GAN (Huang 2024), WGAN-GP (Gulrajani 2017), spectral norm and the hinge loss (Miyato 2018),
 projection (Miyato and Koyama 2018).
   losses of D and of G ................ LOSS_D, LOSS_G      R3GAN eq. 2, GAN eq. 1, WGAN-GP eq. 3
-  R1 and R2 ........................... gradient_penalty    Mescheder eqs. 9 and 10
+  R1 and R2 ........................... squared_gradient    Mescheder eqs. 9 and 10
   WGAN's penalty ...................... wgan_penalty        WGAN-GP eq. 3
   step of D, step of G ................ loss_d, loss_g      GAN alg. 1
   class-conditional D ................. Discriminator       projection eq. 3
@@ -110,7 +110,7 @@ LOSS_G = {
 WGAN_LAMBDA = 10  # lambda in WGAN-GP eq. 3
 
 
-def gradient_penalty(scores, x):
+def squared_gradient(scores, x):
     """|grad D|^2 at each image, over all of C, H and W. scores (B,) of x (B,C,H,W) -> (B,)."""
     (grad,) = torch.autograd.grad(scores.sum(), x, create_graph=True)  # each score depends on its own image alone
     return grad.square().sum((1, 2, 3))
@@ -120,7 +120,7 @@ def wgan_penalty(D, real, fake, y):
     """(|grad D| - 1)^2 at a random place on the line between each pair of a real and a fake image. -> (B,)"""
     place = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
     x = torch.lerp(real, fake, place).requires_grad_()
-    norm = (gradient_penalty(D(x, y), x) + 1e-12).sqrt()
+    norm = (squared_gradient(D(x, y), x) + 1e-12).sqrt()
     return (norm - 1) ** 2
 
 
@@ -136,10 +136,10 @@ def loss_d(G, D, real, y, z, step, cfg):
     terms = {"d_real": s_real, "d_fake": s_fake, "gap": s_real - s_fake}
     annealed = 1 + 9 * math.exp(-step / cfg.anneal)  # falls from 10 to 1
     if cfg.r1:
-        terms["r1"] = gradient_penalty(s_real, real)
+        terms["r1"] = squared_gradient(s_real, real)
         total = total + annealed * cfg.r1 / 2 * terms["r1"]  # Mescheder eq. 9
     if cfg.r2:
-        terms["r2"] = gradient_penalty(s_fake, fake)
+        terms["r2"] = squared_gradient(s_fake, fake)
         total = total + annealed * cfg.r2 / 2 * terms["r2"]  # Mescheder eq. 10
     if cfg.loss == "wgan-gp":
         terms["gp"] = wgan_penalty(D, real.detach(), fake.detach(), y)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import gan
 import tiny
-from gan import Config, Discriminator, Generator, diversity, gradient_penalty, loss_d, loss_g, sample, wgan_penalty
+from gan import Config, Discriminator, Generator, diversity, loss_d, loss_g, sample, squared_gradient, wgan_penalty
 from tools import gan_toy as toy
 from tools.evaluate import evaluate
 
@@ -56,16 +56,16 @@ def test_penalties_of_a_linear_critic(shape):
     D, (real, y, _), fake = LinearCritic(shape), batch(6, shape), torch.randn(6, *shape, dtype=torch.float64)
     real.requires_grad_()
     norm = D.w.norm()
-    assert_close(gradient_penalty(D(real, y), real), norm.square().expand(6))
+    assert_close(squared_gradient(D(real, y), real), norm.square().expand(6))
     assert_close(wgan_penalty(D, real.detach(), fake, y), ((norm - 1) ** 2).expand(6))
-    (grad,) = torch.autograd.grad(gradient_penalty(D(real, y), real).mean(), D.w)
+    (grad,) = torch.autograd.grad(squared_gradient(D(real, y), real).mean(), D.w)
     assert_close(grad, 2 * D.w.detach())
 
 
 def test_penalties_are_finite_where_the_gradient_is_nought():
     D, (real, y, _) = LinearCritic(), batch()
     nn.init.zeros_(D.w)
-    for value in (gradient_penalty(D(x := real.clone().requires_grad_(), y), x).mean(), wgan_penalty(D, real, -real, y).mean()):
+    for value in (squared_gradient(D(x := real.clone().requires_grad_(), y), x).mean(), wgan_penalty(D, real, -real, y).mean()):
         (grad,) = torch.autograd.grad(value, D.w)
         assert grad.isfinite().all()
 
@@ -80,7 +80,7 @@ def test_a_penalty_is_that_of_each_image():
         x = real[i:i + 1].detach().requires_grad_()
         (grad,) = torch.autograd.grad(D(x, y[i:i + 1])[0], x)
         want.append(grad.norm() ** 2)
-    assert_close(gradient_penalty(D(real, y), real), torch.stack(want))
+    assert_close(squared_gradient(D(real, y), real), torch.stack(want))
 
 
 def test_interpolation_is_one_place_for_each_image(monkeypatch):

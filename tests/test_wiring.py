@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 
@@ -324,6 +325,9 @@ VARIANTS = [("flow", "--steps 2 --arch glow --coupling spline --scales 1"), ("ga
             ("vqgan", "--quantizer simvq --stage1 2 --disc-start 1"), ("vqgan", "--stage1 2 --dropout 0.5"),
             ("autoregressive", "--arch pixelcnn --dropout 0.5"), ("autoregressive", "--arch made --output mixture"),
             ("diffusion", "--method ddpm --dropout 0.5"), ("diffusion", "--method jit")]
+if os.environ.get("M2_ALL_VARIANTS"):  # each field that a training depends on, in each script
+    rows = [(name, (TABLE[name] | CORE)[field]) for name, field in FIELDS]
+    VARIANTS += [(name, f"{base} {flag}".strip()) for name, (base, flag, *kinds) in rows if WEIGHTS in kinds]
 
 
 @pytest.mark.parametrize("name, flags", VARIANTS)

@@ -16,9 +16,10 @@ or (B, C, 3K - 1, *): K raw widths, K raw heights and K - 1 raw derivatives for 
 that is (B, D, 3K - 1), for images what a convolution puts out. reverse=True gives the inverse and its log_det.
 
 Least bytes, n = bytes of x: forward (2K + 4)n, backward (2K + 4)n in and 3K n out, for of the derivatives only the bin's two
-are asked for. But memory moves sectors of 32 bytes, and neighbours in a sector lie in different bins. With 8 bins in float32
-and params from a normal distribution 25 % of the derivatives are asked for and 87 % of their sectors move in images (96 %
-in bfloat16), all in vectors: forward 24n (vectors 25n) move where 20n are asked for, backward 47n (48n) where it is 44n.
+are asked for. But memory moves sectors of 32 bytes, and neighbours in a sector lie in different bins. With 8 bins, and x and
+params from a normal distribution, 27 % of the derivatives are asked for; of their sectors 87 % move in images in float32,
+97 % in bfloat16, and all in vectors: forward 24n (vectors 25n) move where 20n are asked for, backward 48n (49n) where it is
+44n.
 x and params are all that is saved for the backward pass. log_det is one partial sum a program, then a sum: no atomics.
 
 When not: on the CPU.

@@ -155,7 +155,8 @@ def use_triton(op, x, supports, least=0, elementwise=False, library=False, backe
     those that LIBRARY names. backend: one of MODES, instead of `mode` in this call.
     Raises ValueError for an unknown mode, RuntimeError where the mode is "triton" and it cannot run.
     """
-    wanted, what = (mode, "kernels.mode") if backend is None else (backend, "backend")
+    wanted = mode if backend is None else backend
+    what = "kernels.mode" if backend is None else "backend"
     if wanted not in MODES:
         raise ValueError(f"{what} {wanted!r}: must be one of {', '.join(MODES)}")
     if wanted == "torch":
@@ -170,9 +171,11 @@ def use_triton(op, x, supports, least=0, elementwise=False, library=False, backe
     if not x.numel() or library or elementwise and torch.compiler.is_compiling():
         return False
     if ok and INTERPRETING:
-        ok, reason = False, "the interpreter is for tests"
+        ok = False
+        reason = "the interpreter is for tests"
     elif ok and x.numel() < least:
-        ok, reason = False, f"fewer than {least} elements"
+        ok = False
+        reason = f"fewer than {least} elements"
     if not ok and not torch.compiler.is_compiling():
         fallbacks[op][reason] += 1
     return ok
@@ -184,9 +187,11 @@ def report():
         raise ValueError(f"kernels.mode {mode!r}: must be one of {', '.join(MODES)}")
     ok, reason = available("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
     if mode == "torch":
-        ok, reason = False, "kernels.mode is 'torch'"
+        ok = False
+        reason = "kernels.mode is 'torch'"
     elif mode == "auto" and ok and INTERPRETING:
-        ok, reason = False, "the interpreter is for tests"
+        ok = False
+        reason = "the interpreter is for tests"
     lines = []
     for op, file in OPS.items():
         fell = ", ".join(f"{n} x {why}" for why, n in fallbacks[op].items())

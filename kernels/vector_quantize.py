@@ -30,7 +30,8 @@ from . import FLOATS, INTERPRETING, Spec, acc_type, accumulator, cdiv, jit, laun
 LEAST = 1 << 14  # elements of z from which "auto" takes the kernel: the plain form makes some ten calls, so a launch soon pays
 LARGE = 1 << 14  # vectors from which on a program has 64 of them, below it 16, so that there are programs for a whole device
 BLOCK_D = 16, 64  # elements of a row that a program holds at once: of float32 and float64, of half types
-GROUP, CODES = 32, 1024  # plain form: codes of which the nearest is found first, codes of a chunk
+GROUP = 32  # plain form: codes of which the nearest is found first
+CODES = 1024  # plain form: codes of a chunk
 BUFFER = {"cpu": 1 << 21}  # plain form: distances of a chunk, to stay in the cache; 1 << 24 on other devices
 
 

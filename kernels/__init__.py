@@ -17,6 +17,7 @@ import contextlib
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ mode = os.environ.get("M2_KERNELS", "auto")
 fallbacks = collections.defaultdict(collections.Counter)  # operation: reason: how often auto fell back for it
 
 
-def available(device=None):
+def available(device: torch.device | str | None = None) -> tuple[bool, str]:
     """(whether Triton kernels can run on a device, by default the first CUDA device; the reason in words)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _available(device.type, device.index)
@@ -86,12 +87,12 @@ def _available(kind, index):
 
 
 @functools.lru_cache
-def processors(device):
+def processors(device: torch.device) -> int:
     """The streaming multiprocessors of a CUDA device, which should all have programs to run; 132, an H100's, elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def choose(new, kind):
+def choose(new: str, kind: str) -> None:
     """Set `mode`, for tensors on a kind of device ("cpu", "cuda"), and on a CPU `fast_products`.
 
     RuntimeError for an unknown mode and one that cannot run.
@@ -147,7 +148,8 @@ def by_mkl():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
-def use_triton(op, x, supports, least=0, elementwise=False, library=False, backend=None):
+def use_triton(op: str, x: torch.Tensor, supports: Callable[[], tuple[bool, str]], least: int = 0, elementwise: bool = False,
+               library: bool = False, backend: str | None = None) -> bool:
     """Whether op is to run its Triton kernels on x: the choice of `mode`, and of size and compiler where that is "auto".
 
     supports: () -> (bool, reason), what the operation says of its arguments. least: number of elements of x below which a
@@ -181,7 +183,7 @@ def use_triton(op, x, supports, least=0, elementwise=False, library=False, backe
     return ok
 
 
-def report():
+def report() -> str:
     """One line an operation: what would run here, and why; what has fallen back so far."""
     if mode not in MODES:
         raise ValueError(f"kernels.mode {mode!r}: must be one of {', '.join(MODES)}")

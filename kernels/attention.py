@@ -42,7 +42,8 @@ FWD, DQ, DKV, DBIAS = range(4)  # the kernels, as TILES orders them
 LEAST = 1 << 16  # elements of q from which "auto" takes the kernels
 
 
-def attention_reference(q, k, v, mask=None, bias=None, scale=None):
+def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str | None = None,
+                        bias: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, 1)
     v = v.repeat_interleave(group, 1)
@@ -58,7 +59,8 @@ def attention_reference(q, k, v, mask=None, bias=None, scale=None):
     return (torch.softmax(s, -1) * seen) @ v  # and is 0 here
 
 
-def attention_torch(q, k, v, mask=None, bias=None, scale=None):
+def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str | None = None,
+                    bias: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
     """The fastest plain form: PyTorch's kernels; "strict" is "causal" with keys one earlier; a bias goes by image rows."""
     if bias is not None:
         return _attention_bias_torch(q, k, v, LAGS[mask], bias, scale)
@@ -68,7 +70,7 @@ def attention_torch(q, k, v, mask=None, bias=None, scale=None):
     return F.pad(y, (0, 0, 1, 0))[:, :, :q.shape[2]]
 
 
-def _attention_torch(q, k, v, causal, scale):
+def _attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
     """PyTorch's kernel. Its tiles are too small for oneDNN, so where that multiplies, few positions go by plain products."""
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and by_onednn() and k.shape[2] <= SHORT and not grouped:
@@ -87,7 +89,8 @@ def _products(q, k, v, causal, scale):
     return torch.softmax(s, -1) @ v
 
 
-def _attention_bias_torch(q, k, v, lag, bias, scale):
+def _attention_bias_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lag: int, bias: torch.Tensor,
+                          scale: float | None) -> torch.Tensor:
     """A few rows of the image at a time, recomputed in the backward pass: memory grows with T, not with its square."""
     B, n_head, T, _ = q.shape
     H = (bias.shape[1] + 1) // 2
@@ -535,7 +538,7 @@ def _along_diagonals(part, W):
     return dbias[..., cuts * block - W + 1:cuts * block + W].contiguous()
 
 
-def supports(q, k, v, bias=None):
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[bool, str]:
     """(whether the kernels take these arguments, the reason where they do not)."""
     tensors = [x for x in (q, k, v, bias) if x is not None]
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:

@@ -30,13 +30,14 @@ LEAST = 1 << 16  # elements for "auto". A call costs the CPU 5 us and one launch
 TILES = 4  # tiles that a program of the backward kernel goes through, for one partial sum a channel
 
 
-def bias_act_reference(x, bias=None, slope=0.2, gain=2**0.5):
+def bias_act_reference(x: torch.Tensor, bias: torch.Tensor | None = None, slope: float = 0.2,
+                       gain: float = 2**0.5) -> torch.Tensor:
     if bias is not None:
         x = x + bias.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
     return gain * torch.where(x > 0, x, slope * x)
 
 
-def bias_act_torch(x, bias=None, slope=0.2, gain=2**0.5):
+def bias_act_torch(x: torch.Tensor, bias: torch.Tensor | None = None, slope: float = 0.2, gain: float = 2**0.5) -> torch.Tensor:
     """The fastest plain form: the gain, being positive, goes inside, where it costs no pass, and the rest is done in place."""
     if bias is None:
         return F.leaky_relu_(x * gain, slope)

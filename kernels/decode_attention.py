@@ -46,7 +46,8 @@ MOST_SPLITS = 32  # shares of a head's keys
 LEAST = 1 << 20  # elements of k_cache from which "auto" takes the kernel
 
 
-def decode_attention_reference(q, k_cache, v_cache, length, scale=None):
+def decode_attention_reference(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length: int | torch.Tensor,
+                               scale: float | None = None) -> torch.Tensor:
     group = q.shape[1] // k_cache.shape[1]
     k = k_cache[:, :, :int(length)].repeat_interleave(group, 1)
     v = v_cache[:, :, :int(length)].repeat_interleave(group, 1)
@@ -54,7 +55,8 @@ def decode_attention_reference(q, k_cache, v_cache, length, scale=None):
     return torch.softmax(s, -1) @ v
 
 
-def decode_attention_torch(q, k_cache, v_cache, length, scale=None):
+def decode_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length: int | torch.Tensor,
+                           scale: float | None = None) -> torch.Tensor:
     """PyTorch's kernel on the valid part of the cache; of a length on the device, on all of it, with the rest set to 0."""
     grouped = q.shape[1] != k_cache.shape[1]
     if not isinstance(length, torch.Tensor):
@@ -217,7 +219,7 @@ def _rows(*tensors):
     return *tensors, [s for x in tensors for s in x.stride()[:3]]
 
 
-def scaled(q, scale):
+def scaled(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """q and scale as a kernel takes them: its numbers have float32's digits, so float64 is multiplied beforehand."""
     return (q * scale, 1.0) if q.dtype == torch.float64 else (q, scale)
 
@@ -231,7 +233,7 @@ def _kind(kind, index):
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(index)[0], "sm_80")  # 8.x and 12.x: 99 KB
 
 
-def gpu_kind(device):
+def gpu_kind(device: torch.device) -> str:
     """The kind of GPU, by its matrix instructions and the shared memory that a block may have; "sm_80" where there is none."""
     return _kind(device.type, device.index)
 
@@ -239,7 +241,7 @@ def gpu_kind(device):
 gpu_kind._dynamo_marked_constant = True  # as available in __init__.py
 
 
-def dot_type(dtype):
+def dot_type(dtype: torch.dtype) -> "tl.dtype":
     """The type in which products of a type are taken, as the kernels name it; the interpreter has no bfloat16."""
     half = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETING else tl.bfloat16}
     return half.get(dtype, tl.float64 if dtype == torch.float64 else tl.float32)
@@ -283,7 +285,7 @@ def _grouped_blocks(block_d, group):
     return {"ROWS": max(16, power_of_2(group)), "BLOCK": block, "num_warps": 4, "num_stages": 2}
 
 
-def supports(q, k, v):
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[bool, str]:
     kinds = {q.dtype, k.dtype, v.dtype}
     mixed = len(kinds) > 1 and (torch.float64 in kinds or not torch.is_autocast_enabled(q.device.type))
     if not kinds <= {*FLOATS} or mixed:

@@ -44,7 +44,8 @@ TILE = 8192  # elements that a program holds at once
 LEAST = 1 << 16
 
 
-def group_norm_silu_reference(x, groups, weight, bias, eps=1e-5, silu=True):
+def group_norm_silu_reference(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
+                              silu: bool = True) -> torch.Tensor:
     g = x.reshape(len(x), groups, -1)
     mean = g.mean(2, keepdim=True)
     var = g.var(2, correction=0, keepdim=True)
@@ -53,7 +54,8 @@ def group_norm_silu_reference(x, groups, weight, bias, eps=1e-5, silu=True):
     return z * torch.sigmoid(z) if silu else z
 
 
-def group_norm_silu_torch(x, groups, weight, bias, eps=1e-5, silu=True):
+def group_norm_silu_torch(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
+                          silu: bool = True) -> torch.Tensor:
     """The fastest plain form: PyTorch's own group norm, then its SiLU."""
     y = torch.group_norm(x, groups, weight, bias, eps)  # which takes a group of one element too
     return F.silu(y) if silu else y
@@ -382,7 +384,7 @@ def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, b
     return dx, sums[0].sum(0).to(weight.dtype), sums[1].sum(0).to(bias.dtype)
 
 
-def supports(x, groups, weight, bias):
+def supports(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor) -> tuple[bool, str]:
     if x.dtype not in FLOATS:
         return False, f"x is {x.dtype}"
     if not weight.device == bias.device == x.device:

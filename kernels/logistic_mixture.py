@@ -52,7 +52,7 @@ def _split(params, C):
     return logits, rest[:, :C], rest[:, C:2 * C], rest[:, 2 * C:]
 
 
-def logistic_mixture_reference(x, params):
+def logistic_mixture_reference(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     params = params.to(accumulator(params))
     logits, means, log_scales, coefs = _split(params, x.shape[1])
     x = 2 * x[:, :, None].to(params.dtype) - 255  # (B, C, 1, H, W), in half bins, 1/255, and so exact
@@ -152,7 +152,7 @@ class _Plain(torch.autograd.Function):
         return None, (grad * dll[:, None]).to(grad.dtype), None
 
 
-def logistic_mixture_torch(x, params):
+def logistic_mixture_torch(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """The fastest plain form: the kernels' way, gradient in closed form with the forward, part by part on the CPU."""
     if torch.compiler.is_compiling():
         return logistic_mixture_reference(x, params)  # a compiler fuses that
@@ -341,7 +341,7 @@ def _bwd(dll: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return dparams
 
 
-def supports(x, params):
+def supports(x: torch.Tensor, params: torch.Tensor) -> tuple[bool, str]:
     if params.dtype not in FLOATS:
         return False, f"params are {params.dtype}"
     if x.device != params.device:

@@ -57,13 +57,15 @@ def _taps(kh, kw, mask_type):
     return {"A": kh * kw // 2, "B": kh * kw // 2 + 1, "vertical A": above, "vertical B": above + kw}[mask_type]
 
 
-def masked_conv2d_reference(x, weight, bias=None, mask_type="B"):
+def masked_conv2d_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+                            mask_type: str = "B") -> torch.Tensor:
     kh, kw = weight.shape[2:]
     mask = torch.arange(kh * kw, device=x.device).view(kh, kw) < _taps(kh, kw, mask_type)
     return F.conv2d(x, weight * mask, bias, padding=(kh // 2, kw // 2))
 
 
-def gated_masked_conv2d_reference(x, weight, bias=None, cond=None, mask_type="B"):
+def gated_masked_conv2d_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+                                  cond: torch.Tensor | None = None, mask_type: str = "B") -> torch.Tensor:
     y = masked_conv2d_reference(x, weight, bias, mask_type)
     if cond is not None:
         y = y + (cond[:, :, None, None] if cond.dim() == 2 else cond)
@@ -71,7 +73,8 @@ def gated_masked_conv2d_reference(x, weight, bias=None, cond=None, mask_type="B"
     return torch.tanh(p) * torch.sigmoid(q)
 
 
-def masked_conv2d_torch(x, weight, bias=None, mask_type="B"):
+def masked_conv2d_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+                        mask_type: str = "B") -> torch.Tensor:
     """The fastest plain form: the kernel's live rows, the last of them masked; of a one-row kernel the live taps alone."""
     kh, kw = weight.shape[2:]
     taps = _taps(kh, kw, mask_type)
@@ -100,7 +103,8 @@ def _one_row(x, live, bias, left):
     return F.conv2d(F.pad(x, (left, taps - 1 - left)), live, bias)  # zeros to the left alone
 
 
-def gated_masked_conv2d_torch(x, weight, bias=None, cond=None, mask_type="B"):
+def gated_masked_conv2d_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+                              cond: torch.Tensor | None = None, mask_type: str = "B") -> torch.Tensor:
     y = masked_conv2d_torch(x, weight, bias, mask_type)
     if cond is not None:
         y += cond[:, :, None, None] if cond.dim() == 2 else cond  # in place: no gradient needs what y was
@@ -461,7 +465,8 @@ def _gated_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | No
     return _as(x, out), pq
 
 
-def supports(x, weight, bias, cond=None):
+def supports(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+             cond: torch.Tensor | None = None) -> tuple[bool, str]:
     if x.dtype not in FLOATS:
         return False, f"x is {x.dtype}"
     for name, a in {"weight": weight, "bias": bias, "cond": cond}.items():

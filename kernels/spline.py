@@ -55,7 +55,8 @@ CHUNK = 1 << 16  # elements of x that the plain form takes at once, so that what
 TILE = 512  # widths that a program holds at most, bins rounded up to a power of two; half as many in float64
 
 
-def spline_coupling_reference(x, params, tail_bound=3.0, reverse=False):
+def spline_coupling_reference(x: torch.Tensor, params: torch.Tensor, tail_bound: float = 3.0,
+                              reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     p = params.unflatten(1, (x.shape[1], -1)).movedim(2, -1)  # [B, C, *, 3K - 1]
     K = (p.shape[-1] + 1) // 3
     B = tail_bound
@@ -291,7 +292,8 @@ def _invert_few(y, params, tail_bound):
     return x, torch.where(inside, torch.log(D / (s * R)), 0.0)
 
 
-def spline_coupling_torch(x, params, tail_bound=3.0, reverse=False):
+def spline_coupling_torch(x: torch.Tensor, params: torch.Tensor, tail_bound: float = 3.0,
+                          reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The fastest plain form: one pass over the bins each way, and the gradients in closed form."""
     acc = accumulator(x)
     G = len(x) * x.shape[1]
@@ -534,7 +536,7 @@ def _bwd(dy: torch.Tensor, dl: torch.Tensor, x: torch.Tensor, params: torch.Tens
     return dx, dparams
 
 
-def supports(x, params, bins):
+def supports(x: torch.Tensor, params: torch.Tensor, bins: int) -> tuple[bool, str]:
     if not {x.dtype, params.dtype} <= set(FLOATS):
         return False, f"x is {x.dtype}, params are {params.dtype}"
     if params.device != x.device:

@@ -35,7 +35,7 @@ CODES = 1024  # plain form: codes of a chunk
 BUFFER = {"cpu": 1 << 21}  # plain form: distances of a chunk, to stay in the cache; 1 << 24 on other devices
 
 
-def nearest_code_reference(z, codebook):
+def nearest_code_reference(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Holds all distances. The gradients are those of nearest_code."""
     acc = accumulator(_wider(z, codebook))
     x = z.detach().reshape(-1, z.shape[-1]).to(acc)
@@ -44,7 +44,7 @@ def nearest_code_reference(z, codebook):
     return codebook[indices].to(z.dtype).view(z.shape), indices.view(z.shape[:-1])
 
 
-def nearest_code_torch(z, codebook):
+def nearest_code_torch(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The fastest plain form: distances of a chunk of vectors and codes at a time, in a buffer that is used again."""
     indices = _search(z.reshape(-1, z.shape[-1]).detach(), codebook.detach())
     z_q = F.embedding(indices, codebook.to(accumulator(codebook))).to(z.dtype)  # so the gradient is summed in float32
@@ -271,7 +271,7 @@ def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
     return sums
 
 
-def supports(z, codebook):
+def supports(z: torch.Tensor, codebook: torch.Tensor) -> tuple[bool, str]:
     for name, x in (("z", z), ("codebook", codebook)):
         if x.dtype not in FLOATS:
             return False, f"{name} is {x.dtype}"

@@ -1,6 +1,7 @@
 """kernels.mode, kernels.report() and an import on machines that have no triton."""
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -93,6 +94,25 @@ def test_without_triton(mode):
         assert done.returncode == 0 and "tensor" in done.stdout
     else:
         assert "RuntimeError: group_norm_silu: kernels.mode is 'triton', but triton is not installed" in done.stderr
+
+
+@pytest.mark.parametrize("file", sorted({"__init__", "modules", *kernels.OPS.values()}))
+def test_what_others_call_has_type_hints(file):
+    """Every parameter and result of the operations, their references and plain forms, and what says what runs."""
+    module = importlib.import_module("kernels" if file == "__init__" else f"kernels.{file}")
+    if file == "__init__":
+        functions = [module.available, module.choose, module.report, module.processors, module.use_triton]
+    elif file == "modules":
+        functions = [getattr(module, name).forward for name in module.__all__]
+    else:
+        functions = [getattr(module, name) for name, f in vars(module).items() if inspect.isfunction(f)
+                     and f.__module__ == module.__name__ and (name[0] != "_" or name.endswith(("_torch", "_reference")))]
+        assert module.supports in functions and len(functions) >= 4
+    for function in functions:
+        function = inspect.unwrap(function)
+        signature = inspect.signature(function)
+        bare = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+        assert not bare and signature.return_annotation is not signature.empty, function.__qualname__
 
 
 def test_the_report_names_every_operation():

@@ -53,8 +53,10 @@ def python(installed, folder, code, *more):
 
 
 def test_what_is_in_the_wheel(installed):
+    """The modules, and the mark by which type checkers know that their hints are to be read (PEP 561)."""
     files = {p.relative_to(installed).as_posix() for p in installed.rglob("*") if p.is_file()}
-    assert {f for f in files if not f.startswith("m2_kernels-")} == {f"m2_kernels/{p.name}" for p in FOLDER.glob("*.py")}
+    wanted = {f"m2_kernels/{p.name}" for p in FOLDER.glob("*.py")} | {"m2_kernels/py.typed"}
+    assert {f for f in files if not f.startswith("m2_kernels-")} == wanted
     metadata, = installed.glob("*.dist-info/METADATA")
     text = metadata.read_text()
     assert re.search(r"^Name: m2[-_]kernels$", text, re.M) and "License-Expression: MIT" in text

@@ -56,9 +56,21 @@ def group_norm_silu_reference(x: torch.Tensor, groups: int, weight: torch.Tensor
 
 def group_norm_silu_torch(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
                           silu: bool = True) -> torch.Tensor:
-    """The fastest plain form: PyTorch's own group norm, then its SiLU."""
-    y = torch.group_norm(x, groups, weight, bias, eps)  # which takes a group of one element too
-    return F.silu(y) if silu else y
+    """The fastest plain form: PyTorch's own group norm, then its SiLU.
+
+    Types that differ meet in float32 (float64 for float64), as in the kernels; PyTorch itself takes few such pairs. On CUDA
+    autocast computes it in float32. The result has the type of x all the same.
+    """
+    kinds = {weight.dtype, bias.dtype}
+    by_pytorch = x.is_cpu and x.element_size() == 2 and kinds == {torch.float32}
+    z = x
+    if kinds != {x.dtype} and not by_pytorch:
+        wide = accumulator(x)
+        z = x.to(wide)
+        weight = weight.to(wide)
+        bias = bias.to(wide)
+    y = torch.group_norm(z, groups, weight, bias, eps)  # which takes a group of one element too
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 # ---- kernels: a tile is BLOCK_C channels by BLOCK_P positions of one image; only one of its two strides is not 1
@@ -397,10 +409,11 @@ def supports(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Ten
 def group_norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
                     silu: bool = True, *, backend: str | None = None) -> torch.Tensor:
     """SiLU of the group norm of x; group_norm without SiLU. x (B, C, *) floating -> the same shape, type and layout
-    (the plain form on CUDA: those of PyTorch's own group norm, float32 under autocast).
+    (what the plain form makes on CUDA is contiguous, as of PyTorch's own group norm).
 
-    groups divides C; weight, bias (C,). Differentiable once in x, weight and bias. backend: one of kernels.MODES, for this
-    call. Raises ValueError for shapes that do not fit, and what use_triton raises.
+    groups divides C; weight, bias (C,), of any floating type; autocast changes no type. Differentiable once in x, weight and
+    bias. backend: one of kernels.MODES, for this call. Raises ValueError for shapes that do not fit, and what use_triton
+    raises.
     """
     if x.dim() < 2 or groups < 1 or x.shape[1] % groups or not weight.shape == bias.shape == x.shape[1:2]:
         raise ValueError(f"group_norm_silu: {groups} groups, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} "

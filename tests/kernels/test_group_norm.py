@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, agree, compilations, compiles, deterministic, gradcheck, nbytes, opcheck, traffic
+from harness import (
+    DEVICE,
+    GRADIENTS,
+    TOLERANCE,
+    agree,
+    assert_near,
+    compilations,
+    compiles,
+    deterministic,
+    gradcheck,
+    leaves,
+    nbytes,
+    opcheck,
+    traffic,
+)
 
 import kernels
 from kernels import group_norm as module
@@ -209,14 +223,39 @@ def test_few_compilations_for_many_sizes(channels_last, monkeypatch):
     assert len(keys) <= 4, keys
 
 
+@pytest.mark.parametrize("policy", ["this device's", "CUDA's"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    """An element-wise operation: autocast leaves the types as they are, in both modes alike."""
+def test_autocast(dtype, policy, monkeypatch):
+    """An element-wise operation: autocast leaves the types as they are, in both modes alike, whatever it does to PyTorch's
+    own group norm: on CUDA that is in float32."""
+    plain = torch.group_norm
+    if policy == "CUDA's":
+        monkeypatch.setattr(torch, "group_norm", lambda x, groups, *rest: plain(x.float(), groups, rest[0].float(),
+                                                                               rest[1].float(), rest[2]))
     x, groups, weight, bias = inputs(SHAPES[1])
     with torch.autocast(DEVICE, dtype):
         for kind in (torch.float32, dtype):
-            results = [group_norm_silu(x.to(kind), groups, weight, bias, backend=backend) for backend in ("torch", "triton")]
-            wanted = group_norm_silu_reference(x.to(kind).double(), groups, weight.double(), bias.double())
-            for y in results:
-                assert y.dtype == kind or DEVICE == "cuda"
-                torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
+            for affine in (torch.float32, dtype):
+                given = leaves((x.to(kind), weight.to(affine), bias.to(affine)))
+                exact = [a.detach().double() for a in given]
+                wanted = group_norm_silu_reference(exact[0], groups, *exact[1:])
+                for backend in ("torch", "triton"):
+                    y = group_norm_silu(given[0], groups, *given[1:], backend=backend)
+                    assert y.dtype == kind
+                    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
+                    gradients = torch.autograd.grad(y.float().sum(), given)
+                    assert [a.dtype for a in gradients] == [a.dtype for a in given]
+
+
+@pytest.mark.parametrize("types", ["bf16 and fp32", "fp32 and bf16", "fp16 and bf16", "fp64 and fp32", "fp32 and fp64"])
+def test_types_that_differ(types):
+    """Both modes take them without autocast too: the result has the type of x."""
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    x, groups, weight, bias = inputs(SHAPES[1])
+    kind, affine = (names[name] for name in types.split(" and "))
+    given = (x.to(kind), groups, weight.to(affine), bias.to(affine))
+    wanted = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in given))
+    for backend in ("torch", "triton"):
+        y = group_norm_silu(*given, backend=backend)
+        assert y.dtype == kind
+        assert_near(y, wanted, TOLERANCE[kind], backend)

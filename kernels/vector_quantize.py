@@ -200,11 +200,13 @@ def _blocks(N, D, half):
 
 
 def _in_parts(e):
-    """float32 as the sum of three bfloat16 parts, (3, K, D)."""
-    high = e.bfloat16()
-    rest = e - high
-    middle = rest.bfloat16()
-    return torch.stack([high, middle, (rest - middle).bfloat16()])
+    """float32 as the sum of three bfloat16 parts, (3, K, D). No torch.stack: float16's autocast refuses it."""
+    parts = e.new_empty(3, *e.shape, dtype=torch.bfloat16)
+    rest = e
+    for part in parts:
+        part.copy_(rest)
+        rest = rest - part
+    return parts
 
 
 def _fake_nearest(z, codebook):

@@ -6,6 +6,7 @@ The usual variants always; with M2_ALL_VARIANTS=1 in the environment every varia
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,41 @@ def test_the_report_sees_what_is_wrong():
     out = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), tools=str(ROOT / "tools"))], capture_output=True,
                          text=True, env=env).stdout
     assert "registers, 1 expected" in out and "no matrix instructions" in out
+
+
+def test_launches_have_the_options_that_the_report_compiles_with():
+    """kernels.OPTIONS, all of them: what the report says of registers holds for what runs."""
+    code = """
+import sys
+sys.path[:0] = [{root!r}, {tools!r}]
+import torch, triton, kernels, kernel_report
+import kernels.bias_act as module
+def seen(*args, **options):
+    raise SystemExit([options.get("options", options)[key] for key in kernels.OPTIONS])
+class Kernel:
+    def __getitem__(self, grid):
+        return seen
+def asked(call, *args):
+    try:
+        call(*args)
+    except SystemExit as e:
+        return e.code
+triton.compile = seen
+for kernels.OPTIONS in (dict(kernels.OPTIONS), {{"enable_fp_fusion": False, "sanitize_overflow": True}}):
+    print(list(kernels.OPTIONS.values()) == asked(kernels.launch, Kernel(), 1, torch.ones(1))
+          == asked(kernel_report.compile_spec, "bias_act", module.AOT_SPECS[0], "sm_80"))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = code.format(root=str(ROOT), tools=str(ROOT / "tools"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_every_launch_is_by_the_one_function_that_gives_them():
+    """No kernel is started with brackets of its own."""
+    for file in kernel_report.files():
+        source = (ROOT / "kernels" / f"{file}.py").read_text()
+        assert "launch(_" in source and not re.search(r"_kernel\[", source), file
 
 
 def test_the_page_has_the_table(report):

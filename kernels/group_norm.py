@@ -10,6 +10,9 @@ whole group, which is up to 8,192 elements with its sides rounded up to powers o
 several programs, so that few groups still fill the device, and each pass over it reads again: 3n and 5n. Beside that
 only statistics move, a few numbers a group and channel. x is all that is saved for the backward pass: z is recomputed.
 How a group is split follows from the device's processors, so the last digits of y are the same on one kind of device.
+A group that one program can hold is never split, not even one of few, as at batch 1, while most processors have nothing
+to do: it is at most 64 KB in and out, which a single processor moves in 1 to 2 us (argued, at 32 to 64 bytes a clock), and
+a split adds two launches forward and five backward, each of which takes longer than that.
 
 When not: on the CPU, and under torch.compile where neighbours could be fused into one plain pass. There are no derivatives
 of derivatives and no forward-mode ones.
@@ -38,10 +41,14 @@ from . import (
 )
 
 TILE = 8192  # elements that a program holds at once
-# Elements from which "auto" takes the kernel. PyTorch's group norm and SiLU are two calls; a kernel's call costs the CPU some
-# 15 us more (argued from the cost of triton's launch), in which an H100 moves some 20 MB: what 5n - 2n saves at 2^16 elements
-# is far less, so below it the kernel cannot win, and above it a loop of many calls hides the CPU's part.
-LEAST = 1 << 16
+# A call costs the CPU, launches left out, 1.7 times what one of the plain form costs it, and 2.4 times with the backward pass:
+# 11 us against 6.5, 120 against 49 on an EPYC (Zen 4); of a split group 2.3 and 3.4 times (pytest tests/benchmarks
+# --benchmark-only -k part_of_the_cpu). Launches come to that, some 15 us by triton, 4 by PyTorch (argued): 1 and 2 here, 4 and
+# 9 there. So on small tensors, where the CPU decides, the plain form wins. The kernel can win where the plain form's time on
+# the GPU, 5n bytes forward and 13n with backward, is longer than the kernel's on the CPU: at 1 TB/s from about 2^20 elements
+# of float32 on, with the backward pass 2^21, and at 3 TB/s three times as many. In a network the work of other layers hides
+# the CPU's part earlier, so LEAST, the elements from which "auto" takes the kernel, is the lowest of these.
+LEAST = 1 << 20
 
 
 def group_norm_silu_reference(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
@@ -275,7 +282,10 @@ def _split_bwd_kernel(X, DY, W, Bias, Mean, Rstd, GroupDW, GroupDB, DX, C, P, st
 
 
 def _whole(C, P, groups):
-    """The tile of a program that holds a whole group, channels by positions; None where a group is too large for one."""
+    """The tile of a program that holds a whole group, channels by positions; None where a group is too large for one.
+
+    The number of groups does not matter, nor that of processors: see the top of this file.
+    """
     block_c = power_of_2(C // groups)
     block_p = power_of_2(P)
     return (block_c, block_p) if block_c * block_p <= TILE else None
@@ -391,9 +401,10 @@ def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, b
         parts = x.new_empty(2, B, C, splits, dtype=mean.dtype)
         launch(_split_sums_kernel, programs, *inputs, *parts, C, P, *strides, groups, splits, chunk, SILU=silu, **constants)
         sums = parts.sum(3)  # (2, B, C)
-        means = (sums * weight.to(mean.dtype)).unflatten(2, (groups, -1)).sum(3) / (C // groups * P)
+        means = (sums * weight.to(mean.dtype)).view(2, B, groups, -1).sum(3).div_(C // groups * P)
         launch(_split_bwd_kernel, programs, *inputs, *means, dx, C, P, *strides, groups, splits, chunk, SILU=silu, **constants)
-    return dx, sums[0].sum(0).to(weight.dtype), sums[1].sum(0).to(bias.dtype)
+    of_images = sums.sum(1)  # (2, C)
+    return dx, of_images[0].to(weight.dtype), of_images[1].to(bias.dtype)
 
 
 def supports(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor) -> tuple[bool, str]:

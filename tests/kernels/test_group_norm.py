@@ -194,6 +194,27 @@ def test_there_are_programs_for_every_processor(B, C, side, channels_last):
     assert block_c * block_p <= module.TILE and chunk % block_p == 0 and programs >= min(wanted, B * C * side**2 // 2048)
 
 
+@pytest.mark.parametrize("processors", [16, 132, 592])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("C, side, whole", [(1024, 16, True), (256, 32, True), (32, 16, True), (1024, 32, False)])
+def test_programs_of_a_single_image(C, side, whole, channels_last, processors, monkeypatch):
+    """A group of up to TILE elements is one program's, in one launch, however few there are; else every processor has two,
+    or a program 2,048 elements."""
+    started = []
+    monkeypatch.setattr(module, "launch", lambda kernel, programs, *args, **constants: started.append(programs))
+    monkeypatch.setattr(module, "processors", lambda device: processors)
+    x, _, weight, bias = inputs((1, C, side, side), channels_last)
+    y, mean, rstd = module._fwd(x, 32, weight, bias, 1e-5, True)
+    forward = [*started]
+    module._bwd(y, x, 32, weight, bias, mean, rstd, True)
+    backward = started[len(forward):]
+    if whole:
+        assert forward == backward == [32] and C // 32 * side**2 <= module.TILE
+    else:
+        least = min(2 * processors, x.numel() // 2048)
+        assert forward[1] == 32 and min(forward[0], *forward[2:], *backward) >= least and len(started) == 5
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_chunks_change_nothing_but_rounding(channels_last, monkeypatch):
     monkeypatch.setattr(module, "TILE", 64)

@@ -244,6 +244,25 @@ def test_few_compilations_for_many_sizes(channels_last, monkeypatch):
     assert len(keys) <= 4, keys
 
 
+@pytest.mark.parametrize("path, C", [("whole", 4), ("split", 256)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_few_compilations_of_every_kernel(channels_last, path, C, monkeypatch):
+    """The same sizes, and ten larger ones, forward and backward, of groups that are split too; the kernels do not run here."""
+    names = {"whole": {"_group_fwd_kernel", "_group_bwd_kernel"},
+             "split": {"_split_moments_kernel", "_split_combine_kernel", "_split_fwd_kernel", "_split_sums_kernel",
+                       "_split_bwd_kernel"}}[path]
+    sizes = [(16 + 2 * i, 20 + i) for i in range(10)]
+    larger = [(64 + 8 * i, 60 + 12 * i) for i in range(10)]
+    monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
+    for images in (sizes, larger) if path == "split" else (sizes,):
+        with compilations(module, monkeypatch) as keys:
+            for H, W in images:
+                x, _, weight, bias = leaves(inputs((1, C, H, W), channels_last))
+                group_norm_silu(x, 4, weight, bias).sum().backward()
+        found = [name for name, _ in keys]
+        assert set(found) == names and all(found.count(name) <= 4 for name in names), found
+
+
 @pytest.mark.parametrize("policy", ["this device's", "CUDA's"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, policy, monkeypatch):

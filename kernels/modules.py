@@ -19,7 +19,7 @@ from . import accumulator
 from .coupling import affine_coupling, spline_coupling
 from .group_norm import group_norm_silu
 from .masked_conv import gated_masked_conv2d, live_taps, masked_conv2d
-from .vector_quantize import nearest_code, straight_through, sum_by_code
+from .vector_quantize import nearest_code, straight_through, sum_and_count
 
 __all__ = ["GroupNormSiLU", "MaskedConv2d", "GatedMaskedConv2d", "AffineCoupling", "SplineCoupling", "VectorQuantizer"]
 
@@ -188,8 +188,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, z: Tensor, indices: Tensor) -> None:
         n_codes = len(self.codebook)
-        sums = sum_by_code(z, indices, n_codes).to(self.sums)  # (K, D)
-        counts = torch.zeros_like(self.counts).index_add_(0, indices.flatten(), self.counts.new_ones(indices.numel()))  # (K,)
+        sums, counts = sum_and_count(z, indices, n_codes)  # (K, D), (K,)
+        sums = sums.to(self.sums)
+        counts = counts.to(self.counts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(counts)

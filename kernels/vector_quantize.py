@@ -14,13 +14,15 @@ Least bytes, z contiguous: forward z, z_q, 8N for the indices, and the codebook.
 for every 64 vectors (16 where there are few), then the N rows of it that were chosen; where a row is longer than BLOCK_D,
 the vectors too, for every 64 codes, and float32 is cut again there: by the count of instructions some 15 % beside the
 products, for which no second copy of z in memory is kept. Backward: dz_q, 8N, and the codebook's gradient. A stable sort of
-the indices by PyTorch comes before it, so that each code adds up its own rows in order, without float atomics: one program
-where all share a code.
+the indices by PyTorch comes before it, so that each code's rows are added up in order, without float atomics. A program adds
+at most 256 of them, or the root of N; where a code has more, the sums of such runs are written and then added, in order, so
+that a codebook of which one code is taken keeps as many programs busy.
 
 When not: where one product with its N x K result is cheap, as with D of several hundred and few codes.
 """
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ LARGE = 1 << 14  # vectors from which on a program has 64 of them, below it 16, 
 BLOCK_D = 16, 64  # elements of a row that a program holds at once: of float32 and float64, of half types
 GROUP = 32  # plain form: codes of which the nearest is found first
 CODES = 1024  # plain form: codes of a chunk
+CHUNK = 256  # rows that a program adds up at most, where there are up to CHUNK^2; else a power of two of at least their root
 BUFFER = {"cpu": 1 << 21}  # plain form: distances of a chunk, to stay in the cache; 1 << 24 on other devices
 
 
@@ -167,19 +170,55 @@ def _nearest_kernel(Z, E, Parts, Norm, ZQ, Indices, N, K, D: tl.constexpr, DOT: 
 
 
 @jit
-def _sum_kernel(X, Order, Starts, Sums, D: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program a code and block of its row: the sum of the rows of X that Order has for it, in that order."""
+def _sum_kernel(X, Order, Codes, Starts, Sums, Parts, n_codes, chunk, D: tl.constexpr, ACC: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sums of rows of X in the order Order, in which a code's rows are neighbours, Codes those codes; at most chunk rows each.
+
+    First a program a code and block of its row: Sums (n_codes, D) of its first chunk rows. Then a program for every run of
+    chunk rows but the first: Parts of those that come behind the first chunk rows of their code. They are of a single code,
+    that of the first row: another one would have begun in this run.
+    """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    k = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    end = tl.load(Starts + k + 1)
+    if row < n_codes:
+        start = tl.load(Starts + row)
+        end = tl.minimum(start + chunk, tl.load(Starts + row + 1))
+        out = Sums + row * D
+    else:
+        run = row - n_codes
+        first = (run + 1) * chunk
+        code = tl.load(Codes + first)
+        start = tl.maximum(first, tl.load(Starts + code, mask=code < n_codes, other=0) + chunk)
+        end = tl.minimum(first + chunk, tl.load(Starts + code + 1, mask=code < n_codes, other=0))
+        out = Parts + run * D
     total = tl.zeros([BLOCK_D], ACC)
-    for i0 in range(tl.load(Starts + k), end, BLOCK_N):
+    for i0 in range(start, end, BLOCK_N):
         i = i0 + tl.arange(0, BLOCK_N)
         n = tl.load(Order + i, mask=i < end, other=0)
         x = tl.load(X + n[:, None] * D + d[None, :], mask=(i[:, None] < end) & (d[None, :] < D), other=0.0).to(ACC)
         total += tl.sum(x, 0)
-    tl.store(Sums + k * D + d, total, mask=d < D)
+    tl.store(out + d, total, mask=d < D)
+
+
+@jit
+def _sum_parts_kernel(Starts, Sums, Parts, chunk, D: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_D: tl.constexpr):
+    """A program a code and block of its row: to Sums, the Parts of that code, in their order."""
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    k = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    behind = tl.load(Starts + k) + chunk  # its first row that is not in Sums
+    end = tl.load(Starts + k + 1)
+    if behind < end:
+        total = tl.zeros([BLOCK_D], ACC)
+        last = (end - 1) // chunk
+        for j0 in range(behind // chunk, last + 1, BLOCK_N):
+            j = j0 + tl.arange(0, BLOCK_N)
+            mask = (j[:, None] <= last) & (d[None, :] < D)
+            total += tl.sum(tl.load(Parts + (j[:, None] - 1) * D + d[None, :], mask=mask, other=0.0), 0)
+        sums = tl.load(Sums + k * D + d, mask=d < D, other=0.0)
+        tl.store(Sums + k * D + d, sums + total, mask=d < D)
 
 
 # ---- operators
@@ -221,7 +260,7 @@ def _save_nearest(ctx, inputs, output):
 
 def _backward_nearest(ctx, dz_q, _):
     indices, = ctx.saved_tensors
-    return None, _sum(dz_q, indices, ctx.codes).to(ctx.dtype)
+    return None, _sum(dz_q, indices, ctx.codes)[0].to(ctx.dtype)
 
 
 @operator("nearest_code", _fake_nearest, _save_nearest, _backward_nearest)
@@ -246,8 +285,13 @@ def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, tor
     return z_q, indices
 
 
+def _chunk(N):
+    """The most rows of N that a program adds up: so many that it never has more such sums to add either."""
+    return max(CHUNK, power_of_2(math.isqrt(max(N - 1, 0)) + 1))
+
+
 def _fake_sum(x, indices, n_codes):
-    return x.new_empty(n_codes, x.shape[1], dtype=accumulator(x))
+    return x.new_empty(n_codes, x.shape[1], dtype=accumulator(x)), indices.new_empty(n_codes + 1)
 
 
 def _save_sum(ctx, inputs, output):
@@ -255,22 +299,28 @@ def _save_sum(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
-def _backward_sum(ctx, dsums):
+def _backward_sum(ctx, dsums, _):
     indices, = ctx.saved_tensors
     return dsums[indices].to(ctx.dtype), None, None
 
 
 @operator("sum_by_code", _fake_sum, _save_sum, _backward_sum)
-def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
+def _sum(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums, and where each code's rows start among rows that are sorted by code, (n_codes + 1,)."""
     x = x.contiguous()
-    D = x.shape[1]
-    indices, order = torch.sort(indices, stable=True)
-    starts = torch.searchsorted(indices, torch.arange(n_codes + 1, device=x.device))
+    N, D = x.shape
+    codes, order = torch.sort(indices, stable=True)
+    starts = torch.searchsorted(codes, torch.arange(n_codes + 1, device=x.device))
     sums = x.new_empty(n_codes, D, dtype=accumulator(x))
+    chunk = _chunk(N)
+    runs = max(cdiv(N, chunk) - 1, 0)
+    parts = sums.new_empty(runs, D)
     block = min(power_of_2(D), 128)
-    launch(_sum_kernel, n_codes * cdiv(D, block), x, order, starts, sums, D=D, ACC=acc_type(x), BLOCK_N=32,
-           BLOCK_D=block)
-    return sums
+    constants = {"D": D, "ACC": acc_type(x), "BLOCK_N": 32, "BLOCK_D": block}
+    launch(_sum_kernel, (n_codes + runs) * cdiv(D, block), x, order, codes, starts, sums, parts, n_codes, chunk, **constants)
+    if runs:
+        launch(_sum_parts_kernel, n_codes * cdiv(D, block), starts, sums, parts, chunk, **constants)
+    return sums, starts
 
 
 def supports(z: torch.Tensor, codebook: torch.Tensor) -> tuple[bool, str]:
@@ -287,7 +337,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *,
     z_q (..., D), in the type of z: codebook[indices], with that gather's gradient to the codebook and none to z, as the
     codebook and commitment losses want it, |sg(z) - z_q|^2 + beta |z - sg(z_q)|^2. The decoder wants straight_through(z, z_q).
     indices (...) int64 in [0, K), without a gradient. The codebook may be computed (SimVQ), or a buffer that averages of
-    sum_by_code(z, indices, K) and of how often each code is taken update (EMA).
+    sum_and_count(z, indices, K) update (EMA).
     Ties, infinities and rounding: at the top of this file. backend: one of kernels.MODES, for this call. Raises ValueError
     for shapes that do not fit or an empty codebook, and what use_triton raises.
     """
@@ -314,13 +364,42 @@ def sum_by_code(x: torch.Tensor, indices: torch.Tensor, n_codes: int, *, backend
     In float32 for every type but float64; deterministic; differentiable in x. backend: as of nearest_code. Raises
     ValueError for shapes that do not fit, and what use_triton raises.
     """
-    if x.dim() < 1 or x.shape[:-1] != indices.shape:
-        raise ValueError(f"sum_by_code: indices {tuple(indices.shape)} do not fit x {tuple(x.shape)}")
-    x = x.reshape(-1, x.shape[-1])
-    indices = indices.reshape(-1)
+    x, indices = _vectors("sum_by_code", x, indices)
     if use_triton("nearest_code", x, lambda: supports(x, x), LEAST, backend=backend):
-        return _sum(x, indices, n_codes)
+        return _sum(x, indices, n_codes)[0]
+    return _sum_torch(x, indices, n_codes)
+
+
+def sum_and_count(x: torch.Tensor, indices: torch.Tensor, n_codes: int, *,
+                  backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_by_code, and how many vectors took each code, (n_codes,) int64, exactly: what moving averages (EMA) want of a batch.
+
+    On a GPU the counts come from the sort that the sums need, so a codebook of which one code is taken costs no more. Nothing
+    waits for the device.
+    """
+    x, indices = _vectors("sum_and_count", x, indices)
+    if use_triton("nearest_code", x, lambda: supports(x, x), LEAST, backend=backend):
+        sums, starts = _sum(x, indices, n_codes)
+        return sums, starts.diff()
+    return _sum_torch(x, indices, n_codes), _count_torch(indices, n_codes)
+
+
+def _vectors(name, x, indices):
+    """x as (N, D) and indices as (N,)."""
+    if x.dim() < 1 or x.shape[:-1] != indices.shape:
+        raise ValueError(f"{name}: indices {tuple(indices.shape)} do not fit x {tuple(x.shape)}")
+    return x.reshape(-1, x.shape[-1]), indices.reshape(-1)
+
+
+def _sum_torch(x: torch.Tensor, indices: torch.Tensor, n_codes: int) -> torch.Tensor:
     return torch.ops.aten.embedding_dense_backward(x.to(accumulator(x)), indices, n_codes, -1, False)
+
+
+def _count_torch(indices: torch.Tensor, n_codes: int) -> torch.Tensor:
+    """Elsewhere than on the CPU by a sort: there ones would be added with atomics, of one code all at one address."""
+    if indices.is_cpu:
+        return indices.new_zeros(n_codes).index_add_(0, indices, torch.ones_like(indices))
+    return torch.searchsorted(indices.sort()[0], torch.arange(n_codes + 1, device=indices.device)).diff()
 
 
 def _spec(t, D, N, registers):
@@ -330,6 +409,13 @@ def _spec(t, D, N, registers):
     args |= _blocks(N, D, t != "fp32")
     return Spec("_nearest_kernel", f"{t}, D {D}, {args['BLOCK_N']} vectors", args, args.pop("num_warps"),
                 args.pop("num_stages"), registers, matrix=True)
+
+
+def _sum_spec(kernel, dtype, D=64, registers=48, **more):
+    args = dict.fromkeys(("Order", "Codes", "Starts"), "*i64") | dict.fromkeys(("Sums", "Parts"), "*fp32")
+    args |= {"X": f"*{dtype}", "n_codes": "i32:16", "chunk": "i32:16", "D": D, "ACC": tl.float32, "BLOCK_N": 32}
+    args |= {"BLOCK_D": min(power_of_2(D), 128)} | more
+    return Spec(kernel, dtype + f", D {D}" * (D != 64), args, registers=registers)
 
 
 AOT_SPECS = [] if triton is None else [
@@ -342,11 +428,13 @@ AOT_SPECS = [] if triton is None else [
     _spec("bf16", 256, LARGE, 136),
     _spec("bf16", 256, 0, 104),
     _spec("fp16", 64, LARGE, 104),
-    *(Spec("_sum_kernel", t, {"X": f"*{t}", "Order": "*i64", "Starts": "*i64", "Sums": "*fp32", "D": 64, "ACC": tl.float32,
-                              "BLOCK_N": 32, "BLOCK_D": 64}, registers=48) for t in ("fp32", "bf16")),
+    *(_sum_spec("_sum_kernel", t) for t in ("fp32", "bf16")),
+    _sum_spec("_sum_parts_kernel", "fp32"),
 ]
 AOT_MORE = [] if triton is None else [  # what a launch may choose besides
     *(_spec(t, D, N, 255) for t in ("fp32", "bf16", "fp16") for D in (16, 32, 128, 1024) for N in (LARGE, 0)),
     _spec("fp16", 64, 0, 255),
     *(_spec("fp16", 256, N, 255) for N in (LARGE, 0)),
+    *(_sum_spec("_sum_kernel", t, D, 96, n_codes="i32") for t in ("fp32", "bf16", "fp16") for D in (32, 128, 256)),
+    *(_sum_spec("_sum_parts_kernel", "fp32", D, 96) for D in (32, 128, 256)),
 ]

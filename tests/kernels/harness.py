@@ -1,5 +1,6 @@
 """What every kernel is held to: agreement with a float64 reference, gradients of any stride, compilers, bytes moved."""
 
+import collections
 import contextlib
 import inspect
 
@@ -110,11 +111,20 @@ def deterministic(op, inputs):
 
 
 class Traffic:
-    read = written = 0
+    read = 0
+    written = 0
+
+    def __init__(self):
+        self.programs = collections.Counter()  # program: what it read
 
     @property
     def total(self):
         return self.read + self.written
+
+    @property
+    def most(self):
+        """What the program that read most read."""
+        return max(self.programs.values(), default=0)
 
 
 @contextlib.contextmanager
@@ -125,7 +135,9 @@ def traffic():
     count, load, store = Traffic(), builder.create_masked_load, builder.create_masked_store
 
     def counted_load(ptrs, mask, *args):
-        count.read += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+        size = int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+        count.read += size
+        count.programs[builder.grid_idx] += size
         return load(ptrs, mask, *args)
 
     def counted_store(ptrs, value, mask, *args):

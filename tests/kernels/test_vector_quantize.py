@@ -1,12 +1,32 @@
-"""nearest_code, straight_through and sum_by_code: which code, ties, types, gradients, and that no N x K matrix is read."""
+"""nearest_code, straight_through, sum_by_code, sum_and_count: which code, ties, types, gradients; no N x K matrix is read."""
 
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, agree, compilations, compiles, deterministic, gradcheck, leaves, nbytes, opcheck, traffic
+from harness import (
+    DEVICE,
+    GRADIENTS,
+    agree,
+    assert_near,
+    compilations,
+    compiles,
+    deterministic,
+    gradcheck,
+    leaves,
+    nbytes,
+    opcheck,
+    traffic,
+)
 
 import kernels
 from kernels import vector_quantize as module
-from kernels.vector_quantize import nearest_code, nearest_code_reference, nearest_code_torch, straight_through, sum_by_code
+from kernels.vector_quantize import (
+    nearest_code,
+    nearest_code_reference,
+    nearest_code_torch,
+    straight_through,
+    sum_and_count,
+    sum_by_code,
+)
 
 SHAPES = [(1, 1, 1), (37, 5, 7), (20, 33, 70), (65, 16, 130)]  # N, D, K
 FORMS = {"triton": nearest_code, "plain": nearest_code_torch, "reference": nearest_code_reference}
@@ -220,6 +240,67 @@ def test_sum_by_code(mode, monkeypatch):
     assert torch.equal(sum_by_code(x[:0], indices[:0], 6), torch.zeros_like(want))
 
 
+TAKEN = {  # codes taken of 20 by N vectors
+    "one": lambda N: torch.full((N,), 7),
+    "the last": lambda N: torch.full((N,), 19),
+    "two, of which one seldom": lambda N: torch.where(torch.arange(N) % 50 == 3, 2, 11),
+    "few": lambda N: torch.tensor([0, 3, 4, 19])[torch.randint(0, 4, (N,))],
+    "all": lambda N: torch.randint(0, 20, (N,)),
+}
+
+
+@pytest.mark.parametrize("taken", TAKEN)
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("mode", ["triton", "torch"])
+def test_sums_and_counts_of_a_collapsed_codebook(mode, chunk, taken, monkeypatch):
+    """Against one-hot products in float64; counts exactly; however a code's rows fall into chunks; the same bits twice."""
+    monkeypatch.setattr(kernels, "mode", mode)
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    for N in (1, 63, 64, 65, 250):
+        x = torch.randn(N, 5, device=DEVICE)
+        indices = TAKEN[taken](N).to(DEVICE)
+        one_hot = torch.nn.functional.one_hot(indices, 20)
+        sums, counts = sum_and_count(x, indices, 20)
+        assert_near(sums, one_hot.double().T @ x.double(), 1e-6)
+        assert counts.dtype == torch.int64 and torch.equal(counts, one_hot.sum(0))
+        assert torch.equal(sums, sum_by_code(x, indices, 20)) and torch.equal(sums, sum_and_count(x, indices, 20)[0])
+
+
+def test_counts_of_other_devices(monkeypatch):
+    """Where the plain form is not on the CPU it counts by a sort."""
+    indices = torch.randint(0, 6, (40,), device=DEVICE)
+    want = torch.bincount(indices.cpu(), minlength=9)
+    assert torch.equal(module._count_torch(indices, 9).cpu(), want)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert torch.equal(module._count_torch(indices, 9).cpu(), want)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="bytes are counted in the interpreter")
+@pytest.mark.parametrize("taken", ["one", "all"])
+@pytest.mark.parametrize("N, chunk", [(600, 64), (5000, 64), (600, 256)])
+def test_no_program_adds_more_than_a_chunk(N, chunk, taken, monkeypatch):
+    """Of rows, and then of sums of rows, also where all vectors took one code; together they read each row once."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    assert (most := module._chunk(N)) >= chunk and most**2 >= N and (most == chunk or most**2 < 4 * N)
+    launches = []
+    launch = module.launch
+
+    def counted(*args, **constants):
+        with traffic() as moved:
+            launch(*args, **constants)
+        launches.append(moved)
+
+    monkeypatch.setattr(module, "launch", counted)
+    x = torch.randn(N, 3, device=DEVICE)
+    indices = TAKEN[taken](N)
+    sums, _ = sum_and_count(x, indices, 20)
+    assert_near(sums, torch.zeros(20, 3).double().index_add_(0, indices, x.double()), 1e-6)
+    row = 3 * 4  # bytes
+    other = 5 * 8  # of starts, a code, and sums so far
+    assert launches[0].most <= most * (row + 8) + other and N * (row + 8) <= launches[0].read
+    assert len(launches) == (2 if N > most else 1) and all(moved.most <= most * row + other for moved in launches[1:])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_in_nothing_out(form):
     z, codebook = leaves(inputs(0, 4, 3))
@@ -278,7 +359,7 @@ def test_bytes(dtype, limit, block, monkeypatch):
     least = nbytes(z, z_q, indices) + 256 // block * (parts * nbytes(codebook) + norms) + nbytes(z_q)  # by design; chosen rows
     assert least <= moved.total <= 1.05 * least
     with traffic() as moved:
-        sums = module._sum(z, indices, 8)  # few codes, and none used past them
+        sums, _ = module._sum(z, indices, 8)  # few codes, and none used past them
     starts = 2 * 8 * 8
     least = nbytes(z[indices < 8], indices[indices < 8], sums) + starts
     assert least <= moved.total <= 1.05 * least

@@ -12,8 +12,11 @@ finite never wins: codes with NaN or infinity are not used, vectors with either,
 
 Least bytes, z contiguous: forward z, z_q, 8N for the indices, and the codebook. The codebook is read again, from the cache,
 for every 64 vectors (16 where there are few), then the N rows of it that were chosen; where a row is longer than BLOCK_D,
-the vectors too, for every 64 codes, and float32 is cut again there: by the count of instructions some 15 % beside the
-products, for which no second copy of z in memory is kept. Backward: dz_q, 8N, and the codebook's gradient. A stable sort of
+the vectors too, for every 64 codes. float32 is cut again there, whatever the sizes: of 189 instructions that a warp of sm_80
+issues for 16 numbers of a row, 60 cut, while the 48 products among them keep its matrix unit busy for 384 cycles and hide
+the rest. Parts written once would come with 12 bytes from the L2 cache for every 10 now, and with a pass of 10 bytes a
+number. Where a program has 16 vectors it is 60 of 117 instructions beside 48 cycles of products, but then z is small, and the
+launches that cut it beforehand would take longer. Backward: dz_q, 8N, and the codebook's gradient. A stable sort of
 the indices by PyTorch comes before it, so that each code's rows are added up in order, without float atomics. A program adds
 at most 256 of them, or the root of N; where a code has more, the sums of such runs are written and then added, in order, so
 that a codebook of which one code is taken keeps as many programs busy.
@@ -231,11 +234,13 @@ def _dot_constants(acc, half):
     return {"ACC": acc, "DOT": dot, "OPERAND": operand, "PARTS": 1 if half or acc == tl.float64 else 3}
 
 
-def _blocks(N, D, half):
+def _blocks(N, D, half, amd):
     """Blocks of a program of _nearest_kernel, its warps and stages: the largest without spills on every target."""
     large = N >= LARGE
+    warps = 4 if large != half else 8  # of float32 no more where there are 64 vectors: on sm_80 two would do the same products
+    stages = 3 if half or large and not amd else 2
     return {"BLOCK_N": 64 if large else 16, "BLOCK_K": 64, "BLOCK_D": max(16, min(power_of_2(D), BLOCK_D[half])),
-            "num_warps": 4 if half and not large else 8, "num_stages": 3 if half else 2}
+            "num_warps": warps, "num_stages": stages}
 
 
 def _in_parts(e):
@@ -271,7 +276,7 @@ def _nearest(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, tor
     K = len(codebook)
     wider = _wider(z, codebook)
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(z.dtype) if z.dtype == codebook.dtype else None
-    constants = _dot_constants(acc_type(wider), half) | _blocks(N, D, half is not None)
+    constants = _dot_constants(acc_type(wider), half) | _blocks(N, D, half is not None, torch.version.hip is not None)
     e = codebook.to(accumulator(wider))
     norm = e.square().sum(1)
     if constants["PARTS"] == 3:
@@ -406,9 +411,10 @@ def _spec(t, D, N, registers):
     args = dict.fromkeys(("Z", "E", "ZQ"), f"*{t}") | {"Parts": "*bf16" if t == "fp32" else f"*{t}", "Norm": "*fp32"}
     args |= {"Indices": "*i64", "N": "i32:16", "K": "i32:16", "D": D}
     args |= _dot_constants(tl.float32, {"fp32": None, "bf16": tl.bfloat16, "fp16": tl.float16}[t])
-    args |= _blocks(N, D, t != "fp32")
+    args |= _blocks(N, D, t != "fp32", amd=False)
+    hip = {"num_stages": _blocks(N, D, t != "fp32", amd=True)["num_stages"]}
     return Spec("_nearest_kernel", f"{t}, D {D}, {args['BLOCK_N']} vectors", args, args.pop("num_warps"),
-                args.pop("num_stages"), registers, matrix=True)
+                args.pop("num_stages"), registers, matrix=True, hip=hip)
 
 
 def _sum_spec(kernel, dtype, D=64, registers=48, **more):

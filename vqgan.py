@@ -39,7 +39,10 @@ from torch import nn
 # Further imports (dist, sys) and the helpers for data, runs and files stand below, in the plumbing block.
 
 try:  # fused Triton kernels when this file sits beside kernels/, plain PyTorch otherwise
-    from kernels.vector_quantize import nearest_code, straight_through, sum_by_code
+    from kernels.attention import attention
+    from kernels.decode_attention import decode_attention
+    from kernels.group_norm import group_norm_silu
+    from kernels.vector_quantize import nearest_code, straight_through, sum_and_count
 except ImportError:
     def nearest_code(z, codebook):
         e = codebook.detach()
@@ -51,19 +54,13 @@ except ImportError:
     def straight_through(z, z_q):
         return z_q.detach() + (z - z.detach())
 
-    def sum_by_code(x, indices, n_codes):
-        return x.new_zeros(n_codes, x.shape[-1]).index_add_(0, indices.flatten(), x.flatten(0, -2))
+    def sum_and_count(x, indices, n_codes):
+        sums = x.new_zeros(n_codes, x.shape[-1]).index_add_(0, indices.flatten(), x.flatten(0, -2))
+        return sums, torch.bincount(indices.flatten(), minlength=n_codes)
 
-try:
-    from kernels.group_norm import group_norm_silu
-except ImportError:
     def group_norm_silu(x, groups, weight, bias, eps=1e-5):
         return F.silu(torch.group_norm(x, groups, weight, bias, eps))
 
-try:
-    from kernels.attention import attention
-    from kernels.decode_attention import decode_attention
-except ImportError:
     def attention(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
 
@@ -157,9 +154,9 @@ class VQ(nn.Module):
     def update(self, z, indices):
         """z (N,D) took the codes indices (N,)."""
         K = len(self.codebook)
-        n = z.new_zeros(K).index_add_(0, indices, z.new_ones(len(z)))  # bincount would wait for the GPU
-        self.counts.lerp_(n, 1 - self.decay)  # N_k <- gamma N_k + (1 - gamma) n_k, VQ-VAE eq. 6
-        self.sums.lerp_(sum_by_code(z, indices, K), 1 - self.decay)  # m_k <- gamma m_k + (1 - gamma) sum of z, eq. 7
+        sums, n = sum_and_count(z, indices, K)
+        self.counts.lerp_(n.to(z.dtype), 1 - self.decay)  # N_k <- gamma N_k + (1 - gamma) n_k, VQ-VAE eq. 6
+        self.sums.lerp_(sums, 1 - self.decay)  # m_k <- gamma m_k + (1 - gamma) sum of z, eq. 7
 
         # A dead code becomes a vector of the batch. It gets the mean count, so that it outlives the updates to come.
         # Counts are 0 at first. One update gives a used code a hundredth of n_k, so nearly all are dead, and begin here.

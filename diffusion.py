@@ -679,6 +679,8 @@ def read_image(path, size=None, peak=None):
     """An image file in mode L or RGB: upright, over white, of more than 8 bits divided by `peak`, cropped to size (W, H)."""
     image = Image.open(path)
     image.draft(None, size and (2 * max(size), 2 * max(size)))  # a JPEG is decoded smaller, to no less than twice the size
+    if image.mode[0] not in "IF" and ";16" in str(image.tile) and not image.getbbox():  # Pillow keeps the high bytes
+        raise ValueError("its 16-bit colours are all below 256; save it with 8 bits")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # more than 8 bits
         pixels = np.asarray(image, np.float64)
@@ -695,19 +697,21 @@ def read_image(path, size=None, peak=None):
 def load_folder(root, side):
     """Images at any depth, in classes by the folder under the root, or under its train/ and test/ or val/ if it has both."""
     known = Image.registered_extensions().keys() | {".heic", ".heif", ".avif", ".jxl"}  # some need a plug-in
-    found = sorted(Path(top, f).relative_to(root) for top, _, names in os.walk(root, followlinks=True) for f in names)
+    walk = reversed([*os.walk(root, followlinks=True)])  # of the paths to one folder, as in a loop of links, the first stays
+    tops = {os.path.realpath(top): (top, names) for top, _, names in walk}
+    found = sorted(Path(top, f).relative_to(root) for top, names in tops.values() for f in names)
     found = [f for f in found if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts)]
     found = [found[i] for i in np.random.RandomState(0).permutation(len(found))]  # so that the first n are of all classes
     test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in found}), None)
     files = [f for part in ("train", test) for f in found if f.parts[0] == part] if test else found
     modes = set()
-    tops = [0]
+    peaks = [0]
 
     def look(f):
         with contextlib.suppress(Exception), Image.open(root / f) as image:  # what cannot be read is named below
             modes.add(Image.getmodebase(image.mode))
             if image.mode[0] in "IF" and np.isfinite(top := np.asarray(image).max()):
-                tops.append(top)
+                peaks.append(top)
             if side:
                 return side, side
             turned = image.getexif().get(274, 1) >= 5  # by a quarter, says EXIF
@@ -721,7 +725,7 @@ def load_folder(root, side):
 
     sizes = Counter(in_threads(look, files, "looking at images"))
     del sizes[None]
-    peak = max(tops)
+    peak = max(peaks)
     size = max(sizes, key=sizes.get, default=(1, 1))  # the commonest
     if max(size) > 128 and not side:
         fail(f"--dataset {root}: images of {size[0]} x {size[1]} pixels are too large as they are; add --image-size 64")
@@ -904,7 +908,9 @@ def read_run(folder):
             raise ValueError(f"of another version, whose config differs in {', '.join(sorted(fields))}")
         if not all(torch.as_tensor(v).isfinite().all() for v in tree_leaves(saved) if isinstance(v, (float, torch.Tensor))):
             raise ValueError("holds numbers that are not finite")
-        _ = saved["facts"], saved["step"], saved["seconds"], saved["log_size"]  # KeyError where one is missing
+        kinds = {"facts": dict, "step": int, "seconds": (int, float), "log_size": int}
+        if odd := [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]:
+            raise ValueError(f"its {', '.join(odd)} cannot be read")
         return Config(**saved["config"]), saved
     except Exception as e:  # whatever a missing, damaged or hostile file raises
         fail(f"{path}: is not a checkpoint to go on from: {type(e).__name__}: {(str(e) or '-').splitlines()[0][:200]}")
@@ -922,7 +928,7 @@ def restore(parts, saved, folder):
                 if {key: v.shape for key, v in state.items()} != wanted:
                     raise ValueError("the optimizer's moments are not there or of other shapes")  # PyTorch does not look
         except Exception as e:
-            fail(f"{Path(folder, 'checkpoint.pt')}: its {name} does not fit: {e!r}")
+            fail(f"{Path(folder, 'checkpoint.pt')}: its {name} does not fit: {e!r:.300}")
 
 
 def write(path, save, what=None):
@@ -1130,6 +1136,8 @@ class Run:
 
     def describe(self, data, labels=True):
         """Say what the data is, which must be the checkpoint's -> data, cut as --no-labels and --eval-images want it."""
+        names = f"{len(data.names)} classes{'' if labels else ' (not used)'}: {', '.join(data.names[:20])}"
+        names = names + ", ..." * (len(data.names) > 20) if data.names else "no classes"
         if not labels:
             data = data._replace(train_labels=0 * data.train_labels, test_labels=0 * data.test_labels, names=())
         facts = {"shape": list(data.train.shape[1:]), "classes": len(data.names), "names": list(data.names)}
@@ -1143,9 +1151,8 @@ class Run:
         n = min(self.cfg.eval_images or total, total)
         self.tested = f"{f'the first {n} of' if n < total else 'all'} {total} test images"
         if self.rank == 0:
-            names = f"{len(data.names)} classes: {', '.join(data.names[:20])}{', ...' * (len(data.names) > 20)}"
             print(f"{self.cfg.dataset}: {len(data.train)} images to train on, {total} to test on, of "
-                  f"{' x '.join(map(str, self.shape))}; {names if data.names else 'no classes'}{data.note}")
+                  f"{' x '.join(map(str, self.shape))}; {names}{data.note}")
         return data._replace(test=data.test[:n], test_labels=data.test_labels[:n])
 
     def labels(self, n):
@@ -1179,13 +1186,14 @@ class Run:
             self.save(parts)  # what cannot be written is found before any training
             stale = [f for f in self.out.glob("samples/step_*.png") if f.stem[5:].zfill(12) > f"{self.step:012d}"]
             if not self.saved:  # of the run that is overwritten
-                stale += [self.out / "samples.npz", self.out / "samples.png"]
+                stale += [folder / f"samples.{kind}" for folder in (self.out, self.out / "sampled") for kind in ("npz", "png")]
             for path in (*stale, *self.out.glob("*.[0-9]*.part"), *self.out.glob("s*/*.[0-9]*.part")):
                 path.unlink(missing_ok=True)
             with open(self.out / "metrics.jsonl", "ab") as f:  # lines beyond the checkpoint are written again
                 f.truncate(min(f.tell(), self.log_size))
             write(self.out / "config.json", lambda f: f.write(json.dumps(vars(self.cfg) | self.facts, indent=1).encode()))
-            print(f"{self.out}: settings in config.json, log in metrics.jsonl, state in checkpoint.pt, images in samples.png")
+            print(f"{self.out}: settings in config.json, log in metrics.jsonl, state in checkpoint.pt, images in samples.png, "
+                  "grids of the training in samples/")
             if self.step >= (self.cfg.steps or math.inf):
                 print(f"step {self.step}: --steps {self.cfg.steps} leaves nothing to train")
         self.saved = None

@@ -18,6 +18,7 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -554,6 +555,42 @@ def test_ten_are_named_and_the_rest_counted(tmp_path, capsys):
     assert "skipped 25 images" in line and line.count(str(tmp_path)) >= 10
     assert len(set(re.findall(r"/(broken\d\d\.png)", line))) == 10
     assert "25 skipped" in data.note
+
+
+def save_png16(path, pixels):
+    """A PNG of 16 bits for each colour, which Pillow cannot write. pixels (H,W,C) uint16, C: 2 LA, 3 RGB, 4 RGBA."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    H, W, C = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", W, H, 16, {2: 4, 3: 2, 4: 6}[C], 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_that_hold_8_are_not_black_images(channels, tmp_path, capsys):
+    """Pillow keeps the high byte of each, which is 0 in such a file: it is skipped and named. A file that fills 16 is read."""
+    for i in range(3):
+        paint(tmp_path / f"{i}.png", i, mode="L")
+    save_png16(tmp_path / "dark.png", np.random.RandomState(0).randint(0, 256, (6, 6, channels)).astype(np.uint16))
+    save_png16(tmp_path / "whole.png", np.full((6, 6, channels), 65535, np.uint16))
+    data = p.load_data(str(tmp_path), "nowhere")
+    line = " ".join(capsys.readouterr().err.split())
+    assert "skipped 1 images" in line and str(tmp_path / "dark.png") in line and "below 256" in line
+    assert "1 skipped" in data.note
+    assert sorted(levels(all_of(data))) == [0, 1, 2, 255]
+
+
+def test_links_that_lead_round_bring_no_image_twice(tmp_path):
+    """A folder that holds a link to the one above it, and one that is linked to from elsewhere."""
+    for i in range(4):
+        paint(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", i, mode="L")
+        paint(tmp_path / "elsewhere" / f"{i}.png", 10 + i, mode="L")
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    (tmp_path / "data" / "c").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    data = p.load_data(str(tmp_path / "data"), "nowhere")
+    assert sorted(levels(all_of(data))) == [0, 1, 2, 3, 10, 11, 12, 13] and data.names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("suffix", ["heic", "HEIF", "jxl"])

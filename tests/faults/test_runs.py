@@ -1028,6 +1028,9 @@ def test_overwrite_begins_anew(straight, go, tmp_path):
 def test_overwrite_leaves_no_samples_of_the_old_run_beside_the_new_checkpoint(trained, begun):
     (trained / "thesis.tex").write_text("precious")
     assert (trained / "samples.npz").exists() and (trained / "samples.png").exists()
+    (trained / "sampled").mkdir()
+    for name in ("samples.npz", "samples.png"):
+        shutil.copy(trained / name, trained / "sampled" / name)
     assert begun(trained, "--overwrite")["step"] == 0
     assert snapshot(trained).keys() == {"checkpoint.pt", "config.json", "metrics.jsonl", "thesis.tex"} | {
         name for name in MORE["gan"]}
@@ -1130,6 +1133,13 @@ def test_weights_alone(part, trained, go, capsys):
                 "step": {k: v for k, v in saved.items() if k != "step"},
                 "script": {k: v for k, v in saved.items() if k != "script"}}[part], trained / "checkpoint.pt")
     assert "checkpoint" in refused(go, capsys, trained, "--resume")
+
+
+@one_script
+@pytest.mark.parametrize("name, value", [("step", "3"), ("step", None), ("seconds", "1"), ("log_size", "x"), ("facts", None)])
+def test_a_checkpoint_whose_numbers_are_none(name, value, trained, go, capsys):
+    changed(trained, lambda saved: saved.update({name: value}))
+    assert name in refused(go, capsys, trained, "--resume")
 
 
 @every_mode

@@ -41,8 +41,8 @@ from . import (
 )
 
 TILE = 8192  # elements that a program holds at once
-# A call costs the CPU, launches left out, 1.7 times what one of the plain form costs it, and 2.4 times with the backward pass:
-# 11 us against 6.5, 120 against 49 on an EPYC (Zen 4); of a split group 2.3 and 3.4 times (pytest tests/benchmarks
+# A call costs the CPU, launches left out, 1.7 times what one of the plain form costs it, and 2.3 times with the backward pass:
+# 11 us against 6.5, 113 against 49 on an EPYC (Zen 4); of a split group 2.3 and 3.1 times (pytest tests/benchmarks
 # --benchmark-only -k part_of_the_cpu). Launches come to that, some 15 us by triton, 4 by PyTorch (argued): 1 and 2 here, 4 and
 # 9 there. So on small tensors, where the CPU decides, the plain form wins. The kernel can win where the plain form's time on
 # the GPU, 5n bytes forward and 13n with backward, is longer than the kernel's on the CPU: at 1 TB/s from about 2^20 elements
@@ -343,8 +343,8 @@ def _backward(ctx, dy, dmean, drstd):
     if dy is None:
         return None, None, None, None, None, None
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, dw, db = _bwd(dy, x, ctx.groups, weight, bias, mean, rstd, ctx.silu)
-    return dx, None, dw, db, None, None
+    dx, (dw, db) = _bwd(dy, x, ctx.groups, weight, bias, mean, rstd, ctx.silu)
+    return dx, None, dw.to(weight.dtype), db.to(bias.dtype), None, None
 
 
 @operator("group_norm_fwd", _fake_fwd, _save, _backward)
@@ -377,12 +377,13 @@ def _fwd(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor,
 
 
 def _fake_bwd(dy, x, groups, weight, bias, mean, rstd, silu):
-    return torch.empty_like(dense(x)[0]), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return torch.empty_like(dense(x)[0]), mean.new_empty(2, x.shape[1])
 
 
 @operator("group_norm_bwd", _fake_bwd)
 def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
-         rstd: torch.Tensor, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+         rstd: torch.Tensor, silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx, and the gradients of weight and bias as (2, C), in the type of mean."""
     x, last = dense(x)
     dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     inputs = (x, dy, weight.contiguous(), bias.contiguous(), mean, rstd)
@@ -403,8 +404,7 @@ def _bwd(dy: torch.Tensor, x: torch.Tensor, groups: int, weight: torch.Tensor, b
         sums = parts.sum(3)  # (2, B, C)
         means = (sums * weight.to(mean.dtype)).view(2, B, groups, -1).sum(3).div_(C // groups * P)
         launch(_split_bwd_kernel, programs, *inputs, *means, dx, C, P, *strides, groups, splits, chunk, SILU=silu, **constants)
-    of_images = sums.sum(1)  # (2, C)
-    return dx, of_images[0].to(weight.dtype), of_images[1].to(bias.dtype)
+    return dx, sums.sum(1)
 
 
 def supports(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor) -> tuple[bool, str]:

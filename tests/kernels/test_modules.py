@@ -192,6 +192,21 @@ def test_moving_averages():
     assert all(torch.equal(a, before[name]) for name, a in module.state_dict().items())
 
 
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_moving_averages_of_a_collapsed_codebook(mode, monkeypatch):
+    """600 vectors, more than a program of the sums adds, take the same code: it moves to their mean, the others stay."""
+    monkeypatch.setattr(kernels, "mode", mode)
+    module = VectorQuantizer(4, 2, decay=0.0).to(DEVICE)
+    with torch.no_grad():
+        module.codebook.copy_(torch.tensor([[9.0, 9.0], [0.0, 0.0], [-9.0, 9.0], [9.0, -9.0]]))
+    before = module.codebook.clone()
+    z = torch.randn(2, 300, 2, device=DEVICE)
+    _, indices, _ = module(z)
+    assert (indices == 1).all() and module.counts.tolist() == [0, 600, 0, 0]
+    before[1] = z.flatten(0, 1).mean(0)
+    assert_near(module.codebook, before, 1e-6)
+
+
 def test_moving_averages_over_processes(monkeypatch):
     """Two processes with a batch each move the codebook as one with both does; here they have the same batch."""
     one = VectorQuantizer(4, 2, decay=0.7).to(DEVICE)

@@ -367,20 +367,22 @@ def _attention_dbias_kernel(Q, K, V, DO, Table, Lse, Delta, DTable, q_b, q_h, q_
 # ---- what a launch chooses
 
 
-# Not timed: the largest tiles, 64 rows of queries (128 where matrix units are wgmma or tcgen05) by 32 to 64 keys, with which no
-# variant spills and a block has room; on AMD nothing is fetched ahead, which takes registers.
+# Not timed: the largest tiles, 64 rows of queries (128 where matrix units are wgmma or tcgen05) by 32 to 64 keys, with which a
+# block has room and no variant of AOT_SPECS and AOT_MORE spills; on AMD nothing is fetched ahead, which takes registers.
 TILES = {  # (kind of GPU, bytes of an element, of a row): (BLOCK, STEP, num_warps, num_stages) forward, of dq, of dk and dv,
-    # and of dbias without a STEP
+    # and of dbias without a STEP; "tf32" for that, where it differs
     ("sm_80", 2, 128): ((64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2), (32, 4, 2)),
     ("sm_80", 2, 256): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (16, 4, 2)),
     ("sm_80", 2, 512): ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 8, 2)),
-    ("sm_80", 4, 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 4, 2)),
+    ("sm_80", 4, 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 8, 2)),
     ("sm_80", 4, 512): ((16, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2), (32, 8, 2)),
-    ("sm_80", 4, 1024): ((16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1), (16, 8, 2)),
+    ("sm_80", 4, 1024): ((16, 16, 4, 1), (16, 16, 8, 2), (16, 16, 8, 1), (16, 8, 2)),
     ("sm_90", 2, 128): ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (32, 4, 2)),
     ("sm_90", 2, 256): ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (32, 4, 2)),
+    ("sm_90", 4, 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 8, 2)),
     ("sm_100", 2, 128): ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (32, 4, 2)),
-    ("sm_100", 2, 256): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 4, 2)),
+    ("sm_100", 2, 256): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (32, 4, 2)),
+    ("tf32", 4, 256): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 4, 2)),
     ("gfx9", 2, 128): ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (16, 4, 1)),
     ("gfx9", 2, 256): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (16, 4, 1)),
     ("gfx9", 2, 512): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (16, 4, 1)),
@@ -393,12 +395,13 @@ TILES = {  # (kind of GPU, bytes of an element, of a row): (BLOCK, STEP, num_war
 MOST = {"gfx11": 64}  # the largest head_dim; with 128 a tile would need more registers than there are
 
 
-def _tiles(kernel, gpu, element_size, head_dim):
+def _tiles(kernel, gpu, element_size, head_dim, tf32=False):
     """Constants of a kernel, FWD, DQ, DKV or DBIAS, for a kind of GPU."""
     block_d = power_of_2(head_dim)
     size = min(element_size, 4)
     row = max(64 * size, block_d * element_size)
-    rows = TILES.get((gpu, size, row)) or TILES["sm_80", size, row]  # float32 and the longest rows use no newer instructions
+    rows = TILES.get(("tf32", size, row)) if tf32 else None
+    rows = rows or TILES.get((gpu, size, row)) or TILES["sm_80", size, row]  # others, and the longest rows, as the A100
     *blocks, num_warps, num_stages = rows[kernel]
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK": blocks[0], "num_warps": num_warps, "num_stages": num_stages}
     if kernel == DBIAS:
@@ -408,7 +411,7 @@ def _tiles(kernel, gpu, element_size, head_dim):
 
 @functools.lru_cache
 def _constants(kernel, gpu, dtype, head_dim, lag, tf32):
-    return {"LAG": lag, "DOT": dot_type(dtype), "TF32": tf32} | _tiles(kernel, gpu, dtype.itemsize, head_dim)
+    return {"LAG": lag, "DOT": dot_type(dtype), "TF32": tf32} | _tiles(kernel, gpu, dtype.itemsize, head_dim, tf32)
 
 
 def _chosen(kernel, q, lag):
@@ -589,7 +592,8 @@ def _spec(kernel, dtype, head_dim=64, mask=None, bias=True, tf32=False, register
     for target, gpu in {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "gfx942": "gfx9", "gfx1100": "gfx11"}.items():
         constants[target] = None
         if head_dim <= MOST.get(gpu, 256):
-            constants[target] = _tiles(kernel, gpu, size, head_dim) | {"TF32": tf32 and gpu[:2] == "sm"}
+            here = tf32 and gpu[:2] == "sm"
+            constants[target] = _tiles(kernel, gpu, size, head_dim, here) | {"TF32": here}
     args = dict.fromkeys(("Q", "K", "V", "DO", "Out", "DQ", "DK", "DV"), f"*{dtype}")
     args |= dict.fromkeys(("Table", "Lse", "Delta", "DTable"), "*fp32")
     args |= dict.fromkeys(("n_head", "T", "T_k", "H", "W", "images"), "i32") | {"scale": "fp32", "group": 1}
@@ -598,9 +602,10 @@ def _spec(kernel, dtype, head_dim=64, mask=None, bias=True, tf32=False, register
     args |= usual
     name = ", ".join([dtype, f"head_dim {head_dim}", *filter(None, [mask, bias and kernel != DBIAS and "bias",
                                                                   tf32 and "tf32"])])
+    few = 32 if kernel == DBIAS else 16  # so few numbers of a tile that gfx942's threads have one or two each
     # float32 products with all digits use no matrix unit on sm_80
     return Spec(KERNELS[kernel], name, {x: args.get(x, "i32:16") for x in globals()[KERNELS[kernel]].arg_names},  # strides
-                usual["num_warps"], usual["num_stages"], registers, vector=head_dim > 16, matrix=dtype != "fp32",
+                usual["num_warps"], usual["num_stages"], registers, vector=head_dim > few, matrix=dtype != "fp32",
                 own=constants)
 
 
@@ -618,9 +623,11 @@ AOT_SPECS = [] if triton is None else [
     *_passes("bf16", 128, "causal", True),
     _spec(FWD, "fp16", 64),
 ]
-AOT_MORE = [] if triton is None else [  # without a mask, without a bias and in float16 the same tiles take about as much
+AOT_MORE = [] if triton is None else [  # what a launch may choose besides: one head_dim of each tile, and some between
     *(spec for dtype in ("fp32", "bf16") for spec in _passes(dtype, 64, None, True)),
-    *(spec for dtype in ("fp32", "bf16") for head_dim in (16, 40, 128, 256)
+    *(spec for dtype in ("fp32", "bf16") for head_dim in (16, 32, 40, 80, 96, 128, 256)
       for spec in _passes(dtype, head_dim, "causal", True) if spec not in AOT_SPECS),
+    *(spec for dtype in ("fp32", "bf16") for head_dim in (64, 128) for spec in _passes(dtype, head_dim, "strict", True)),
+    *(spec for head_dim in (16, 64, 128, 256) for spec in _passes("fp16", head_dim, "causal", True)),
     *(spec for head_dim in (128, 256) for spec in _passes("fp32", head_dim, "causal", True, tf32=True)),
 ]

@@ -478,9 +478,9 @@ def _tile(K, inner, acc):
     """K, KP, BLOCK and num_warps of a launch, such that no kernel spills (AOT_MORE compiles them)."""
     bins = power_of_2(K)
     tile = TILE * 4 // acc.itemsize
-    warps = 1 if bins <= 16 else 2  # sums over bins then stay within a warp, mostly within a thread
+    warps = max(bins // 16, 1)  # sums over bins then stay within a warp, mostly within a thread
     if inner == 1:  # a thread then holds neighbouring bins, and more numbers beside them
-        tile //= 2 if bins < 16 else 4
+        tile //= 2 if bins < 16 and acc.itemsize == 4 else 4
         warps = 1
     return {"K": K, "KP": bins, "BLOCK": max(tile // bins, 1), "num_warps": warps}
 
@@ -591,8 +591,11 @@ AOT_SPECS = [] if triton is None else [spec for t in ("fp32", "bf16") for specs 
     _specs(_FWD, t, 8, 1, 128),  # the parameters of an element are 23 numbers in a row, that begin anywhere
     _specs(_BWD, t, 8, 1, 160),
 ) for spec in specs]
+_SIZES = [(8, "i32")]  # bins, and how INNER is taken
+_SIZES += [(K, inner) for K in (4, 16, 32, 64) for inner in (1, "i32", "i32:16")]
+_SIZES += [(K, inner) for K in (5, 10, 20, 40) for inner in (1, "i32")]
 AOT_MORE = [] if triton is None else [  # what a launch may choose besides, with fewer bins and up to 64
-    *(spec for K in (4, 16, 32, 64) for inner in (1, "i32", "i32:16") for t in ("fp32", "bf16") for specs in (
-        _specs(_FWD, t, K, inner, ways=(True,)), _specs(_BWD, t, K, inner)) for spec in specs),
-    *(spec for t in ("fp16", "fp64") for inner in (1, "i32:16") for spec in _specs(_BWD, t, 8, inner, ways=(True,))),
+    *(spec for K, inner in _SIZES for t in ("fp32", "bf16") for kernel in (_FWD, _BWD) for spec in _specs(kernel, t, K, inner)),
+    *(spec for t in ("fp16", "fp64") for inner in (1, "i32:16") for kernel in (_FWD, _BWD)
+      for spec in _specs(kernel, t, 8, inner)),
 ]

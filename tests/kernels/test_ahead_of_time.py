@@ -1,6 +1,6 @@
 """Every kernel compiled for eight architectures without a GPU: no spills, vector loads, matrix instructions, small enough.
 
-The usual variants always; with M2_ALL_VARIANTS=1 in the environment those of AOT_MORE too: allow it three hours on two cores.
+The usual variants always; with M2_ALL_VARIANTS=1 in the environment those of AOT_MORE too: allow it an hour on two cores.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python tools/kernel_report.py                       # the table, as Markdown
     python tools/kernel_report.py --write               # into docs/kernels-compiled.md, between its two marker lines
     python tools/kernel_report.py --json --only coupling
-    python tools/kernel_report.py --all                 # every variant that a launch can choose: allow it an hour
+    python tools/kernel_report.py --all                 # those of AOT_MORE too: allow it an hour
 
 Exits with 1 where a kernel spills, passes its limits, or lacks the loads or matrix instructions that its AOT_SPECS ask for.
 What was compiled is kept in a cache, by the sources, the variant, the target and triton's version.
@@ -179,7 +179,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--only", choices=files(), help="one file's kernels")
-    parser.add_argument("--all", action="store_true", help="every variant that a launch can choose, not only the usual ones")
+    parser.add_argument("--all", action="store_true", help="the variants of AOT_MORE too, not only the usual ones")
     parser.add_argument("--write", action="store_true", help="put the table into docs/kernels-compiled.md")
     args = parser.parse_args()
     if args.write and (args.only or args.json or args.all):

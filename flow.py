@@ -578,7 +578,7 @@ def inverse_jacobi(block, z, y):
         changed = torch.zeros_like(todo)
         changed[todo] = (x_new - x[todo]).abs().amax(1) >= 1e-5
         x[todo] = x_new
-        changed_before = changed.cumsum(1) - changed.int()  # how many positions before each one
+        changed_before = changed.cumsum(1) - changed.int()  # how many changed before each position, in its image
         todo = changed_before > 0
     return x, calls
 
@@ -863,10 +863,15 @@ def read_image(path, size=None, peak=None):
 def load_folder(root, side):
     """Images at any depth, in classes by the folder under the root, or under its train/ and test/ or val/ if it has both."""
     known = Image.registered_extensions().keys() | {".heic", ".heif", ".avif", ".jxl"}  # some need a plug-in
-    walk = reversed([*os.walk(root, followlinks=True)])  # of the paths to one folder, as in a loop of links, the first stays
-    tops = {os.path.realpath(top): (top, names) for top, _, names in walk}
-    found = sorted(Path(top, f).relative_to(root) for top, names in tops.values() for f in names)
-    found = [f for f in found if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts)]
+    found = []
+    walked = set()
+    for top, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(top) in walked:
+            folders.clear()  # a link leads back here: no further
+        else:
+            walked.add(os.path.realpath(top))
+            found += [Path(top, f).relative_to(root) for f in names]
+    found = sorted(f for f in found if f.suffix.lower() in known and not any(part.startswith(".") for part in f.parts))
     found = [found[i] for i in np.random.RandomState(0).permutation(len(found))]  # so that the first n are of all classes
     test = next((name for name in ("test", "val") if {"train", name} <= {f.parts[0] for f in found}), None)
     files = [f for part in ("train", test) for f in found if f.parts[0] == part] if test else found

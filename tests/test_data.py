@@ -583,11 +583,12 @@ def test_colours_of_16_bits_that_hold_8_are_not_black_images(channels, tmp_path,
 
 
 def test_links_that_lead_round_bring_no_image_twice(tmp_path):
-    """A folder that holds a link to the one above it, and one that is linked to from elsewhere."""
+    """A folder that holds two links to the one above it, whose paths are without number, and one that lies elsewhere."""
     for i in range(4):
         paint(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", i, mode="L")
         paint(tmp_path / "elsewhere" / f"{i}.png", 10 + i, mode="L")
-    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    for name in ("loop", "another"):
+        (tmp_path / "data" / "a" / name).symlink_to(tmp_path / "data", target_is_directory=True)
     (tmp_path / "data" / "c").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     data = p.load_data(str(tmp_path / "data"), "nowhere")
     assert sorted(levels(all_of(data))) == [0, 1, 2, 3, 10, 11, 12, 13] and data.names == ("a", "b", "c")

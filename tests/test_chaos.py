@@ -1,5 +1,6 @@
 """tools/chaos.py and tools/soak.py: a round of each, and that they see what is wrong."""
 
+import json
 import os
 import random
 import re
@@ -65,16 +66,20 @@ def test_extremes_and_what_is_wrong(chaos, tmp_path):
 
 
 def test_growth_and_speed():
-    """1 MB a second for a minute, then none; 10 steps a second in the first third, 5 in the second, 20 in the last."""
-    readings = [(t, 100.0 + min(t, 60)) for t in range(601)]
+    """1 MB a second for a minute, then none; half of a processor in the first 300 s, a quarter in the second.
+
+    10 steps a second of the clock in the first third, 5 in the second, 20 in the last.
+    """
+    processor = [min(t, 300) / 2 + max(t - 300, 0) / 4 for t in range(601)]
+    readings = [(t, 100.0 + min(t, 60), processor[t]) for t in range(601)]
     log = [(10 * t if t <= 200 else 2000 + 5 * (t - 200) if t <= 400 else 3000 + 20 * (t - 400), t) for t in range(10, 601, 10)]
     soak = load_tool("soak")
     flat = soak.summary(readings, log, 1)
     assert flat["growth"] == 0 and flat["peak"] == flat["last"] == 160 and flat["steps"] == 7000
-    assert flat["speed"] == pytest.approx([10, 5, 20])
-    leak = soak.summary([(t, 100.0 + t / 10) for t in range(601)], log, 1)
-    assert leak["growth"] == pytest.approx(100 * (157 / 108.95 - 1))
-    late = soak.summary([(t, 100.0 + 10 * (t > 300)) for t in range(601)], log, 2501)  # the first grid adds 10 MB at 300 s
+    assert flat["speed"] == pytest.approx([2000 / 100, 1000 / 75, 4000 / 50])
+    leak = soak.summary([(t, 100.0 + t / 10, t) for t in range(601)], log, 1)
+    assert leak["growth"] == pytest.approx(100 * (157 / 108.95 - 1)) and leak["speed"] == pytest.approx([10, 5, 20])
+    late = soak.summary([(t, 100.0 + 10 * (t > 300), t) for t in range(601)], log, 2501)  # the first grid adds 10 MB at 300 s
     assert late["growth"] == 0 and late["early"] == 110
     assert soak.row("vae", leak).startswith("| vae.py | 109 | 157 | +44.1 % | 160 | 7000 | 10.00, 5.00, 20.00 |")
 
@@ -84,5 +89,7 @@ def test_a_short_soak(tmp_path):
                 "--eval-images", 4, *TINY["gan"].split())
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| gan.py \| \d{3,} \| \d{3,} \| [+-]\d", done.stdout, re.M)
-    failed = tool(ROOT / "tools" / "soak.py", "gan", "--minutes", 0.1, "--out", tmp_path, "--width", 0)
+    readings = json.loads((tmp_path / "gan" / "soak.json").read_text())["readings"]
+    assert 0 < readings[0][2] < readings[-1][2] < 60  # seconds of processor: one thread's, for six seconds after the start
+    failed = tool(ROOT / "tools" / "soak.py", "gan", "vae", "--together", "--minutes", 0.1, "--out", tmp_path, "--width", 0)
     assert failed.returncode == 1 and "gan.py ended with exit code 2" in failed.stderr

@@ -2,7 +2,7 @@
 
     python tools/kernel_report.py                       # the table, as Markdown
     python tools/kernel_report.py --write               # into docs/kernels-compiled.md, between its two marker lines
-    python tools/kernel_report.py --json --only coupling
+    python tools/kernel_report.py --json --only coupling --targets sm_90 gfx942
     python tools/kernel_report.py --all                 # those of AOT_MORE too: allow it an hour
 
 Exits with 1 where a kernel spills, passes its limits, or lacks the loads or matrix instructions that its AOT_SPECS ask for.
@@ -158,20 +158,20 @@ def build(only=None, targets=TARGETS, more=False):
         return list(pool.map(compile_one, *zip(*jobs, strict=True)))
 
 
-def table(rows):
+def table(rows, targets=TARGETS):
     """A row a variant, a column a target: registers, bytes of shared memory, matrix instructions."""
     import triton
 
     lines = [f"Compiled with triton {triton.__version__}. A cell: registers a thread / bytes of shared memory a block"
              " / matrix instructions." + " None spills, and all have vector loads where a contiguous row is read."
              * (not any(r["problems"] for r in rows)), "",
-             f"| kernel | variant | {' | '.join(TARGETS)} |", "|---" * (2 + len(TARGETS)) + "|"]
+             f"| kernel | variant | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
     cells = {}
     for r in rows:
         cells.setdefault((f"{r['file']}.{r['kernel']}", r["variant"]), {})[r["target"]] = " / ".join(
             [str(r["registers"]), f"{r['shared']:,}", *r["matrix"], *(f"**{p}**" for p in r["problems"])])
     for (kernel, variant), row in cells.items():
-        lines.append(f"| `{kernel}` | {variant} | {' | '.join(row.get(t, '') for t in TARGETS)} |")
+        lines.append(f"| `{kernel}` | {variant} | {' | '.join(row.get(t, '') for t in targets)} |")
     return "\n".join(lines)
 
 
@@ -179,12 +179,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--only", choices=files(), help="one file's kernels")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="some of the architectures")
     parser.add_argument("--all", action="store_true", help="the variants of AOT_MORE too, not only the usual ones")
     parser.add_argument("--write", action="store_true", help="put the table into docs/kernels-compiled.md")
     args = parser.parse_args()
-    if args.write and (args.only or args.json or args.all):
-        parser.error("--write writes the table of the usual variants: it takes neither --only, --json nor --all")
-    rows = build(args.only, more=args.all)
+    if args.write and (args.only or args.json or args.all or args.targets != list(TARGETS)):
+        parser.error("--write writes the table of the usual variants: it takes neither --only, --json, --targets nor --all")
+    rows = build(args.only, args.targets, args.all)
     if args.json:
         print(json.dumps(rows))
     elif args.write:
@@ -192,7 +193,7 @@ def main():
         before, rest = page.read_text().split(MARKS[0])
         page.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     else:
-        print(table(rows))
+        print(table(rows, args.targets))
     wrong = [f"{r['file']}.{r['kernel']} ({r['variant']}, {r['target']}): {p}" for r in rows for p in r["problems"]]
     print(*wrong, sep="\n", file=sys.stderr, end="\n" if wrong else "")
     sys.exit(bool(wrong))

@@ -13,6 +13,7 @@ import pytest
 from tiny import ROOT, SCRIPTS, TINY, Child, error_line, flags, load_checkpoint, run_file
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
+more_scripts = pytest.mark.parametrize("name", SCRIPTS if os.environ.get("M2_ALL_VARIANTS") else ["gan", "vqgan"])
 
 
 @pytest.fixture
@@ -30,9 +31,9 @@ def environment(**more):
     return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | more
 
 
-@every_script
+@more_scripts
 def test_alone_in_a_folder(name, alone):
-    """A process of its own, from that folder, with no --out: everything lies in runs/ there."""
+    """A new interpreter, from that folder, with no --out: everything lies in runs/ there."""
     path = alone(name)
     argv = [f for f in flags(name, "") if f not in ("--out", "")]
     done = subprocess.run([sys.executable, path.name, *argv], cwd=path.parent, env=environment(),
@@ -83,9 +84,9 @@ def run_beside(path, place, argv):
     run_file(path, argv)
 
 
-@every_script
-@pytest.mark.parametrize("fake", FAKES)
-@pytest.mark.parametrize("beside", [True, False], ids=["beside the script", "installed"])
+@pytest.mark.parametrize("name, fake, beside", [
+    (name, fake, beside) for name in SCRIPTS for fake in FAKES for beside in (True, False)
+    if os.environ.get("M2_ALL_VARIANTS") or name == "gan" or (fake, beside) in (("package", True), ("module", False))])
 def test_another_package_named_kernels_does_no_harm(name, fake, beside, alone, tmp_path):
     """It is imported, the kernels and the device are chosen; then the one thing that is wrong here is named."""
     path = alone(name)

@@ -1643,7 +1643,7 @@ def try_extremes(name, report):
             argv = flags(name, "run", "--steps", 1, "--batch-size", 2, "--num-samples", 1, "--overwrite", flag, *values)
             with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
                 try:
-                    signal.setitimer(signal.ITIMER_PROF, 0.7, 0.7)  # again and again: one may get lost in a library
+                    signal.setitimer(signal.ITIMER_PROF, 0.3, 0.3)  # again and again: one may get lost in a library
                     code = tiny.run(module, argv)
                 except Enough:
                     code = "ran"
@@ -2056,7 +2056,7 @@ def test_a_folder_with_too_little(content, module, folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 11])
+@pytest.mark.parametrize("n", [2, 11])
 def test_fewer_images_than_a_batch(n, folder, trains):
     pictures(folder, n)
     assert trains(folder).shape == (4, 8, 8, 3)
@@ -2254,8 +2254,8 @@ def test_a_wide_image_is_cropped_at_its_centre_and_not_squeezed(module, folder):
     assert both(load(module, folder, 8)).min() == 255
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (28, 28), (33, 49)], ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size, mode", [((1, 1), "L"), ((1, 1), "RGB"), ((7, 5), "RGB"), ((28, 28), "L"), ((33, 49), "RGB")],
+                         ids=str)
 def test_image_sizes(size, mode, folder, trains, module):
     pictures(folder, 3, size=size[::-1], mode=mode)
     more = ["--inverse", "jacobi"] if module.__name__ == "flow" and max(size) > 16 else []  # not each number by itself

@@ -1281,7 +1281,8 @@ class Run:
                 paths = {key: [*accumulate(key.split("."), "{}.{}".format)] for key in ours.keys() | theirs.keys()}
                 fitting = {module for key in fits for module in paths[key]}  # in which something fits
                 odd = sorted({next(m for m in paths[key] if m not in fitting) for key in paths.keys() - fits.keys()})
-                print(f"--init {self.cfg.init}: {name}" + f", but for what does not fit: {', '.join(odd)}" * bool(odd))
+                but = f", but for what does not fit: {', '.join(odd)}" * bool(odd)
+                print(f"--init {self.cfg.init}: {name} starts from its weights{but}")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             lock(self.out)

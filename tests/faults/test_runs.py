@@ -1887,7 +1887,7 @@ def test_init_starts_from_the_weights_of_another_run(straight, begun, go, tmp_pa
     said = capsys.readouterr().out.splitlines()
     assert saved["step"] == 0 and len(networks_of(saved)) >= 2
     for name, part in networks_of(saved).items():
-        assert f"--init {straight()}: {name}" in said  # and nothing of it that does not fit
+        assert f"--init {straight()}: {name} starts from its weights" in said  # and nothing of it that does not fit
         theirs = starts_as(other, name)
         assert part.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in part.items()), name
     plain = begun(tmp_path / "plain", "--seed", 5)
@@ -1920,7 +1920,7 @@ def test_init_from_the_run_that_is_overwritten(trained, begun):
 
 def names_of_odd(said, folder, network):
     """What the line on a network names as not fitting."""
-    start = f"--init {folder}: {network}"
+    start = f"--init {folder}: {network} starts from its weights"
     (line,) = [line for line in said if line == start or line.startswith(f"{start}, but for what does not fit: ")]
     return line.removeprefix(start).removeprefix(", but for what does not fit: ").split(", ") if line != start else []
 

@@ -762,7 +762,7 @@ def fetch(name, file, data_dir):
             return content
         except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
             tried.append(f"{url.removeprefix('file://')} ({e or type(e).__name__})")
-    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
+    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no download)", 1)
 
 
 def in_threads(function, items, what):

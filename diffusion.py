@@ -15,7 +15,7 @@ Papers: DDPM (Ho 2020), DDIM (Song 2021), VDM (Kingma 2021), v (Salimans 2022), 
   consistency tuning .................. consistency_loss      Song & Dhariwal 2023 eq. 7
   evidence lower bound, three terms ... elbo                  VDM eqs. 11 and 17
 
-  python diffusion.py                                         # digits, needs no network
+  python diffusion.py                                         # digits, needs no download
   python diffusion.py --dataset mnist --minutes 10            # MNIST on two CPU cores
   python diffusion.py --dataset mnist --consistency --init runs/diffusion-mnist --out runs/fast
 The second gives 1.13 bits/dim and a Frechet distance of 0.064 on Zen 5; real images have 0.037.
@@ -665,7 +665,7 @@ def fetch(name, file, data_dir):
             return content
         except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
             tried.append(f"{url.removeprefix('file://')} ({e or type(e).__name__})")
-    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
+    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no download)", 1)
 
 
 def in_threads(function, items, what):

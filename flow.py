@@ -9,7 +9,7 @@ numbers how to transform the next one. Forward takes one pass, inverse one posit
 
 Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 2019), spline flows
 (Durkan 2019), TarFlow (Zhai 2024), Jacobi inversion (Song 2021), BiFlow (Lu 2025), R3GAN (Huang
-2024). In this order:
+2024).
   change of variables, bits/dim ... log_density, log_likelihood       RealNVP eq. 3, Flow++ eq. 12
   couplings, splines .............. affine_coupling, spline_coupling  RealNVP 3.2, Durkan eqs. 4-8
   autoregressive flow ............. TarBlock, TarFlow                 TarFlow eqs. 4 to 6
@@ -19,7 +19,7 @@ Papers: NICE (Dinh 2015), RealNVP (Dinh 2017), Glow (Kingma 2018), Flow++ (Ho 20
 
   python flow.py                                                # digits, needs no download
   python flow.py --dataset mnist --minutes 10                   # MNIST on two CPU cores
-The second gives 1.09 bits/dim on two Zen 3 cores (docs/flow.md); Glow has 1.05 published.
+The second gives 1.06 bits/dim on two Zen 5 cores (docs/flow.md); Glow has 1.05 published.
 """
 
 import copy
@@ -831,7 +831,7 @@ def fetch(name, file, data_dir):
             return content
         except Exception as e:  # whatever a mirror sends, or a disk holds: the next may be good
             tried.append(f"{url.removeprefix('file://')} ({e or type(e).__name__})")
-    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no network)", 1)
+    fail(f"no good copy of {target}: tried {', '.join(tried)}; put it there, or use --dataset digits (no download)", 1)
 
 
 def in_threads(function, items, what):

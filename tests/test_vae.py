@@ -755,7 +755,7 @@ def test_a_short_training_learns_digits(flags, tmp_path):
     out = tmp_path / "run"
     core = "--steps 300 --kl-warmup 100 --iw-samples 20 --eval-images 100 --num-samples 1"
     vae.main([*core.split(), "--out", str(out), *flags])
-    assert final(out)["test_neg_iw_20"] < 25.3 and final(out)["test_kl_1"] > 1  # 24.3 to 24.7, and 2.7 to 3.1
+    assert final(out)["test_neg_iw_20"] < 25.3 and final(out)["test_kl_1"] > 1  # 24.4 to 25.0, and 2.4 to 3.2
 
 
 def test_the_manifold_has_the_priors_quantiles(digits, tmp_path, monkeypatch):

@@ -621,7 +621,7 @@ def test_training_on_digits_reaches_its_bar(tmp_path):
     found = {}
     for weight in ("0", "0.1"):
         out = tmp_path / weight
-        flags = "--steps 800 --stage1 600 --disc-start 300 --width 32 --n-codes 64 --prior-width 64 --log-every 100"
+        flags = "--steps 520 --stage1 400 --disc-start 200 --width 32 --n-codes 64 --prior-width 64 --log-every 100"
         vqgan.main([*flags.split(), "--disc-weight", weight, "--out", str(out), "--num-samples", "4"])
         found[weight] = final(out)
     for m in found.values():

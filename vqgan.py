@@ -585,12 +585,13 @@ def load(folder, device="cpu"):
 
 @torch.no_grad()
 def to_indices(model, images, run):
-    """The indices (N,h,w) of images (N,C,H,W) uint8."""
-    parts = []
-    for x in progress(images.split(at_once(images.shape[1:])), "finding codes"):
+    """The indices (N,h,w) of images (N,C,H,W) uint8. Kept one by one, those of a batch would break the memory into pieces."""
+    n = at_once(images.shape[1:])
+    found = torch.empty(len(images), *code_grid(*images.shape[2:], run.cfg), dtype=torch.long)
+    for x, part in progress(list(zip(images.split(n), found.split(n), strict=True)), "finding codes"):
         _, indices, _ = model.quantizer(model.encode(x.to(run.device) / 127.5 - 1))
-        parts.append(indices.cpu())
-    return torch.cat(parts)
+        part.copy_(indices)
+    return found
 
 
 @torch.no_grad()

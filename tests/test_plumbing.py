@@ -1521,7 +1521,7 @@ def run_as_rank(name, argv, world, rank):
     "gan", "vqgan --stage1 4", "vqgan --stage1 1 --dropout 0", "vae --levels 2", "vae --prior vamp --posterior iaf",
     "flow --dequantize variational", "flow --arch glow", "autoregressive --dropout 0", "diffusion"])
 def test_each_script_trained_by_several_processes(command, tmp_path):
-    """Two processes, and four, end with the weights of one that has the joint batch and the same noise, and log what it logs."""
+    """Two processes, or four, end with the weights of one that has the joint batch and the same noise, and log what it logs."""
     ends, logs = [], []
     name, *more = command.split()
     worlds = (1, 2, 4) if name == "gan" or os.environ.get("M2_ALL_VARIANTS") else (1, 2)

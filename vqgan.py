@@ -56,8 +56,7 @@ except ImportError:
 
     def sum_and_count(x, indices, n_codes):
         sums = x.new_zeros(n_codes, x.shape[-1]).index_add_(0, indices.flatten(), x.flatten(0, -2))
-        counts = indices.new_zeros(n_codes).index_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
-        return sums, counts  # bincount would wait for the GPU
+        return sums, indices.new_zeros(n_codes).index_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
 
     def group_norm_silu(x, groups, weight, bias, eps=1e-5):
         return F.silu(torch.group_norm(x, groups, weight, bias, eps))
@@ -585,7 +584,7 @@ def load(folder, device="cpu"):
 
 @torch.no_grad()
 def to_indices(model, images, run):
-    """The indices (N,h,w) of images (N,C,H,W) uint8. Kept one by one, those of a batch would break the memory into pieces."""
+    """The indices (N,h,w) of images (N,C,H,W) uint8, in one array: small ones, a batch each, would break up the memory."""
     n = at_once(images.shape[1:])
     found = torch.empty(len(images), *code_grid(*images.shape[2:], run.cfg), dtype=torch.long)
     for x, part in progress(list(zip(images.split(n), found.split(n), strict=True)), "finding codes"):

@@ -108,6 +108,22 @@ def test_the_likelihood_is_the_product_of_the_factors(arch):
     assert_close(log_likelihood(net, x, y, cfg), total)
 
 
+@every_arch
+def test_scoring_the_mean_of_the_draws_is_the_same_on_average(arch):
+    """Over all binary images that a grey one gives: the mean of log p(x) is that of the factors, each a mean over its pixel."""
+    net, cfg = build((1, 2, 3), arch, patch=2)
+    grey = torch.tensor([[0.1, 0.9, 0.5], [0.0, 1.0, 0.3]], dtype=torch.float64).view(1, 1, 2, 3)
+    x = torch.tensor(list(itertools.product([0, 1], repeat=6))).view(-1, 1, 2, 3)
+    chance = torch.where(x == 1, grey, 1 - grey).prod(3).prod(2).flatten()
+    y = torch.ones(len(x), dtype=torch.long)
+    drawn = log_likelihood(net, x, y, cfg)
+    scored = log_likelihood(net, x, y, cfg, grey.expand_as(x))
+    assert_close((chance * scored).sum(), (chance * drawn).sum())
+    variance = [(chance * (total - (chance * total).sum()) ** 2).sum() for total in (drawn, scored)]
+    assert variance[1] < 0.5 * variance[0]
+    assert_close(log_likelihood(net, x, y, cfg, x), drawn)  # of itself
+
+
 @every_output
 def test_a_pixel_sums_to_one(output):
     """Over all its levels, for extreme parameters too."""
@@ -412,21 +428,28 @@ def test_the_test_likelihood_is_the_mean_over_classes(digits, tmp_path, monkeypa
 
 
 def test_each_step_binarises_anew(digits, tmp_path, monkeypatch):
-    """Every step sees the same images here, and no two steps the same binary ones; their mean is that of the images."""
-    seen = []
+    """Every step sees the same images here, and no two steps the same binary ones; their mean is that of the images.
+
+    What is scored is the probability of each pixel; with 8 bits it is the image itself.
+    """
+    seen, scored = [], []
     inner = autoregressive.log_likelihood
 
-    def record(net, x, y, cfg):
+    def record(net, x, y, cfg, of=None):
         if net.training:
             seen.append(x)
-        return inner(net, x, y, cfg)
+            scored.append(of)
+        return inner(net, x, y, cfg, of)
 
     monkeypatch.setattr(autoregressive, "log_likelihood", record)
     monkeypatch.setattr(autoregressive.Run, "batch", lambda run, data: (data.train[:16], data.train_labels[:16]))
     autoregressive.main([*TINY, "--out", str(tmp_path / "run")])
     assert len(seen) == 4 and not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    assert all(torch.equal(of, digits.train[:16] / 255) for of in scored)
     mean = torch.stack([autoregressive.to_levels(digits.train, Config(output="bernoulli")).double() for _ in range(30)]).mean()
     assert mean.item() == pytest.approx((digits.train / 255).mean().item(), abs=2e-3)
+    autoregressive.main([*TINY, "--output", "softmax", "--out", str(tmp_path / "8bit")])
+    assert len(seen) == 8 and all(of is None for of in scored[4:])
 
 
 @pytest.mark.parametrize("flags", ["", "--arch pixelcnn --output softmax", "--arch made --output mixture --no-labels"])

@@ -168,7 +168,7 @@ def draw_top(model, e):
     """z_L ~ q(z_L | x), a Gaussian that IAF may bend. e is e_L."""
     mu, logvar, context = model.top(e)
     z = draw(mu, logvar)
-    log_q = log_normal(z, mu, logvar)
+    log_q = log_normal(z, mu.detach(), logvar.detach())  # without the part of the gradient that is 0 on average (Roeder 2017)
     for step in model.iaf:
         z, log_det = step(z, context)
         log_q = log_q - log_det  # change of variables

@@ -11,7 +11,8 @@ diffusion.py is the limit of that chain: ever more levels, each of the size of x
 learned but fixed to add Gaussian noise. The KL of every level is then a squared error.
 
 Papers: VAE (Kingma and Welling 2014), IWAE (Burda 2016), ladder VAE (Sonderby 2016), IAF and free
-bits (Kingma 2016), RealNVP (Dinh 2017), VampPrior (Tomczak and Welling 2018), NVAE (Vahdat 2020).
+bits (Kingma 2016), RealNVP (Dinh 2017), gradient of log q (Roeder 2017), VampPrior (Tomczak and
+Welling 2018), NVAE (Vahdat 2020).
   evidence lower bound ............. infer, elbo_terms       VAE eq. 3
   chain of latents, from the top ... infer, Level            ladder VAE eqs. 1 to 3, NVAE sec. 3.2
   importance-weighted bound ........ log_weights, iw_bound   IWAE eq. 8

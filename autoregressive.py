@@ -17,7 +17,7 @@ Papers: MADE (Germain 2015), PixelCNN and gated PixelCNN (van den Oord 2016a and
   masks of a multilayer perceptron ......... MADE                MADE eqs. 8 and 9
 
   python autoregressive.py                                       # digits
-  python autoregressive.py --dataset mnist --minutes 10          # 79.4 nats on two Zen 5 cores
+  python autoregressive.py --dataset mnist --minutes 10          # 79.4 nats after 15,934 steps
   python autoregressive.py --dataset mnist --mode sample --sampler jacobi --complete top
 """
 
@@ -126,11 +126,8 @@ def unpatchify(x, patch, H, W):
 
 
 def log_prob(params, x, output):
-    """log p of each pixel by its K parameters. params (B,n,K,H,W), x (B,n,H,W) levels -> (B,n,H,W).
-
-    For "bernoulli" x may be the probability of a 1, in [0,1]: log p is then its mean over draws of the pixel.
-    """
-    if output == "bernoulli":
+    """log p of each pixel by its K parameters. params (B,n,K,H,W), x (B,n,H,W) levels -> (B,n,H,W)."""
+    if output == "bernoulli":  # x may also be the probability of a 1: then this is the mean over draws of the pixel
         return x * F.logsigmoid(params[:, :, 0]) + (1 - x) * F.logsigmoid(-params[:, :, 0])
     if output == "softmax":
         logits = params.permute(0, 3, 4, 1, 2)  # (B, H, W, n, 256), as they lie in memory
@@ -142,7 +139,7 @@ def log_prob(params, x, output):
 
 
 def log_likelihood(model, x, y, cfg, scored=None):
-    """The exact log p(x | y) in nats, of `scored` given the earlier pixels of x. x (B,C,H,W) levels, int64, y (B,) -> (B,)."""
+    """The exact log p(x | y) in nats, or of `scored` after the pixels of x. x (B,C,H,W) levels, int64, y (B,) -> (B,)."""
     patches = patchify(x, cfg.patch)
     inside = patchify(torch.ones_like(x[:1]), cfg.patch)  # 0 where zeros pad the image
     scored = patches if scored is None else patchify(scored, cfg.patch)
@@ -621,9 +618,7 @@ def train(data, cfg, run):
     model.train()
     for step in run.steps(parts, preview=lambda: generate(ema, 80, cfg, run)[0]):
         x, y = run.batch(data)
-        rise = (step + 1) / (cfg.warmup + 1)
-        fall = (cfg.decay / (step + 1)) ** 0.5
-        lr = cfg.lr * min(1, rise, fall)
+        lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1), (cfg.decay / (step + 1)) ** 0.5)
         optimizer.param_groups[0]["lr"] = lr
         scored = x / 255 if cfg.output == "bernoulli" else None  # the mean of each pixel is less noisy than a draw
         with run.autocast():

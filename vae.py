@@ -160,7 +160,7 @@ class Draw(NamedTuple):
     """One level of the chain, drawn from its posterior."""
     z: torch.Tensor
     shift: torch.Tensor  # where x moves the mean, to count active units: (mu_q - mu_p) / sigma_p; at the top mu, before IAF
-    log_q: torch.Tensor  # log q(z_l | z_l+1, x), (B,)
+    log_q: torch.Tensor  # log q(z_l | z_l+1, x), (B,); for training with k = 1 only: draw_top leaves out a part of its gradient
     log_p: torch.Tensor  # log p(z_l | z_l+1), (B,)
     kl: torch.Tensor  # KL(q || p), (B,), in closed form where both are Gaussian, else log q - log p at this z
 

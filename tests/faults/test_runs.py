@@ -1638,10 +1638,12 @@ def try_extremes(name, report):
     signal.signal(signal.SIGPROF, enough)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, resource.RLIM_INFINITY))
+    least = flags(name, "run", "--steps", 1, "--batch-size", 2, "--num-samples", 1, "--overwrite")
+    assert tiny.run(module, least) == 0  # to its end, however long that takes
     for flag, _, several, low, high in numbers(module):
         for values in {(low,), (high,)} | ({(high, high), (1,) * 40} if several else set()):
             case = " ".join(map(str, (flag, *values)))
-            argv = flags(name, "run", "--steps", 1, "--batch-size", 2, "--num-samples", 1, "--overwrite", flag, *values)
+            argv = [*least, flag, *map(str, values)]
             with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
                 try:
                     signal.setitimer(signal.ITIMER_PROF, 0.3, 0.3)  # again and again: one may get lost in a library
@@ -1665,8 +1667,11 @@ def test_numbers_at_their_bounds(tmp_path, module):
     bad = {case: (code, err[-300:]) for case, (code, err) in found.items()
            if code not in (0, "ran") and not (code in (1, 2) and err.splitlines()[-1].startswith("error: "))}
     assert not bad, "\n".join(f"{case}: {what}" for case, what in bad.items())
-    assert all("Traceback" not in err for _, err in found.values())
-    assert sum(code == 0 for code, _ in found.values()) > 5
+    # the clock may stop a constructor half-way, or strike in a destructor: Python prints "Exception ignored in" for these
+    traces = {case: err for case, (code, err) in found.items()
+              if "Traceback" in err and (code in (1, 2) or "Exception ignored in" not in err)}
+    assert not traces, "\n".join(f"{case}: {err}" for case, err in traces.items())
+    assert sum(code in (0, "ran") for code, _ in found.values()) > 5
 
 
 @one_script

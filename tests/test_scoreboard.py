@@ -268,6 +268,18 @@ def test_the_rows_are_commands_of_the_scripts(tmp_path, monkeypatch):
                                              "--out runs/tuned")
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bf16_is_for_processors_that_multiply_it(monkeypatch, multiplies):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True} if multiplies else {})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    rows = {row.name: row for row in board.ROWS}
+    assert board.flags_of(rows["gan-relativistic"], 10) == ["--amp", "bf16"] * multiplies
+    eight_bits = ["--output", "softmax", "--patch", "2", *["--amp", "bf16"] * multiplies]
+    assert board.flags_of(rows["autoregressive-8bit"], 10) == eight_bits
+    words = "python gan.py --dataset mnist --minutes 10" + " --amp bf16" * multiplies
+    assert board.command_of(rows["gan-relativistic"], board.parse(["--minutes", "10"])[0]) == words
+
+
 def test_rows_are_chosen():
     def names(models, seeds=1):
         return [(row.name, seed) for row, seed in board.chosen(models, seeds)]

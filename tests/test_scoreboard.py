@@ -212,7 +212,10 @@ def test_a_busy_row_is_said(rows, tmp_path, capsys):
     lines = [line for line in text.splitlines() if line.startswith("| **gan-tiny**")]
     assert len(lines) == 2  # no row is made of two processors
     assert " | 1.000, 2.000 | " in lines[0] and " | 3.000 | " in lines[1]
-    assert "Processor 1: P, PyTorch 2." in text and "Processor 2: Q, PyTorch 2." in text
+    first, second = text.split("\n## ")[1:]  # each processor has its table and its pictures
+    assert first.startswith("digits, 1 minutes, P, PyTorch 2\n") and second.startswith("digits, 1 minutes, Q, PyTorch 2\n")
+    assert lines[0] in first and lines[1] in second
+    assert (tmp_path / "page-digits-1min-p-pytorch-2.png").is_file() and "(page-digits-1min-q-pytorch-2.png)" in second
     assert "- Not alone: gan-tiny, seed 0: other processes took, of a core, cc1 40%." in text
 
     # another sitting, in another folder: the rows of before stay, one that was made again is replaced

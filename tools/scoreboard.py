@@ -29,6 +29,7 @@ import io
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -414,15 +415,15 @@ def write_json(path, value):
 # ---- the page
 
 
-Group = namedtuple("Group", "row rows")  # the results of one row on one processor, by seed
+Group = namedtuple("Group", "row rows")  # the results of one row, by seed
 
 
 def groups_of(results):
-    """The results in the order of ROWS, together where row, command, processor and PyTorch are the same."""
+    """The results of one table in the order of ROWS, together where row and command are the same."""
     found = {}
     order = [row.name for row in ROWS]
-    for r in sorted(results, key=lambda r: (order.index(r["row"]), r["processor"], r["seed"])):
-        found.setdefault((r["row"], r["command"], r["processor"], r["torch"]), []).append(r)
+    for r in sorted(results, key=lambda r: (order.index(r["row"]), r["seed"])):
+        found.setdefault((r["row"], r["command"]), []).append(r)
     return [Group(next(row for row in ROWS if row.name == key[0]), rows) for key, rows in found.items()]
 
 
@@ -446,19 +447,16 @@ def likelihood_text(rows):
 
 def table(groups):
     heads = ("row", "what it shows", "command", "likelihood", "distance", "floor", "density", "coverage", "s, 64 samples",
-             "s, one", "steps", "parameters", "MB", "processor")
+             "s, one", "steps", "parameters", "MB")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    processors = list(dict.fromkeys(f"{g.rows[0]['processor']}, PyTorch {g.rows[0]['torch']}" for g in groups))
     for g in groups:
         rows = g.rows
-        machine = processors.index(f"{rows[0]['processor']}, PyTorch {rows[0]['torch']}") + 1
         name = f"**{g.row.name}**" if g.row.best else g.row.name
         cells = [name, g.row.says, f"`{rows[0]['command']}`", likelihood_text(rows), listed(rows, "distance", "{:.3f}"),
                  listed(rows[:1], "floor", "{:.3f}"), listed(rows, "density", "{:.2f}"), listed(rows, "coverage", "{:.2f}"),
                  listed(rows, "seconds_64", "{:.3g}"), listed(rows, "seconds_1", "{:.3g}"), listed(rows, "steps", "{:,}"),
-                 listed(rows[:1], "parameters", "{:,}"), listed(rows, "peak_mb", "{:.0f}"), str(machine)]
+                 listed(rows[:1], "parameters", "{:,}"), listed(rows, "peak_mb", "{:.0f}")]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(f"Processor {i}: {name}." for i, name in enumerate(processors, 1))]
     return "\n".join(lines)
 
 
@@ -505,8 +503,8 @@ def draw_plot(groups, path):
 
 INTRO = """# Scoreboard
 
-`tools/scoreboard.py` makes this page. Every row of a table is trained for the same time on the machine that the row names,
-one after another.
+`tools/scoreboard.py` makes this page. Every row of a table is trained for the same time on the same processor,
+one after another. Tables of different processors do not compare: the faster one makes more steps.
 
 - **Likelihood.** bits/dim is the mean negative log-likelihood of a test image, in bits for each pixel and colour. nats are
   of a whole image whose pixels were made black or white. Less is better, and the two do not compare. "At most" marks a bound.
@@ -522,10 +520,11 @@ one after another.
 
 
 def section(results, page):
-    """The part of the page about one data set and time, with its two pictures."""
+    """The part of the page about one data set, time and processor, with its two pictures."""
     groups = groups_of(results)
     first = results[0]
-    key = f"{first['dataset']}-{first['minutes']:g}min"
+    machine = f"{first['processor']}, PyTorch {first['torch']}"
+    key = "-".join(re.findall(r"[a-z0-9]+", f"{first['dataset']}-{first['minutes']:g}min {machine}".lower()))
     samples = page.with_name(f"{page.stem}-{key}-samples.png")
     plot = page.with_name(f"{page.stem}-{key}.png")
     draw_samples(groups, samples)
@@ -533,7 +532,7 @@ def section(results, page):
     ns = sorted({r["n"] for r in results})
     commits = ", ".join(sorted({r["commit"] for r in results if r["commit"]})) or "unknown"
     command = f"python tools/scoreboard.py --dataset {first['dataset']} --minutes {first['minutes']:g}"
-    lines = [f"## {first['dataset']}, {first['minutes']:g} minutes", "", f"    {command}", "",
+    lines = [f"## {first['dataset']}, {first['minutes']:g} minutes, {machine}", "", f"    {command}", "",
              f"Figures of {' or '.join(f'{n:,}' for n in ns)} samples. Code: {commits}.", "", table(groups), ""]
     for r in sorted(results, key=lambda r: (r["row"], r["seed"])):
         if r["busy"]:
@@ -561,9 +560,11 @@ def write_page(out, page):
     results = list(results.values())
     if not results:
         raise Problem(f"{out}: holds no finished row")
-    keys = sorted({(r["dataset"], r["minutes"]) for r in results}, key=lambda key: (key[0] != "mnist", key))
+    tables = {}
+    for r in sorted(results, key=lambda r: (r["dataset"] != "mnist", r["dataset"], r["minutes"], r["processor"], r["torch"])):
+        tables.setdefault((r["dataset"], r["minutes"], r["processor"], r["torch"]), []).append(r)
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [section([r for r in results if (r["dataset"], r["minutes"]) == key], page) for key in keys]
+    parts = [section(rows, page) for rows in tables.values()]
     page.write_text("\n".join([INTRO, *parts]), encoding="utf-8")
     write_json(kept, results)
     print(f"{page}: {len(results)} rows")

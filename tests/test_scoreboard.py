@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tiny import ROOT, TINY, load_tool
@@ -72,7 +73,7 @@ def test_a_tiny_scoreboard(rows, tmp_path, monkeypatch, capsys):
     cells = dict(zip(heads, table[1], strict=True))
     assert (cells["likelihood"], cells["distance"], cells["steps"]) == ("none", f"{gan['distance']:.3f}", f"{gan['steps']:,}")
     assert f"{one['bpd']:.3f} bits/dim, at most, given the label" in table[3]
-    assert f"Processor 1: {board.processor()}, PyTorch" in text
+    assert f"\n## digits, 0.005 minutes, {board.processor()}, PyTorch {torch.__version__}\n" in text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(pictures) == 2
     assert all(np.asarray(Image.open(page.with_name(name))).std() > 5 for name in pictures)

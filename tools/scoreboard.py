@@ -516,6 +516,7 @@ one after another. Tables of different processors do not compare: the faster one
 - A row with `--mode sample` draws from the network of another row. A row with two commands trains a network for half of the
   time, and tunes it in the other half.
 - Several figures in one cell are of seeds 0, 1, 2 in this order. The best row of each family is in bold.
+- Other pages say "Zen 3" for the family 25, model 1 of AMD's processors, and "Zen 5" for the family 26.
 """
 
 

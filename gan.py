@@ -59,7 +59,7 @@ class Config:
     anneal: int = 1000  # steps; r1 and r2 are multiplied by 1 + 9 exp(-step / anneal) (> 0)
     labels: bool = True  # condition on the class
     warmup: int = 100  # steps of linear warm-up of the learning rate (>= 0)
-    decay: int = 2000  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
+    decay: int = 500  # steps after which the learning rate falls as 1 / sqrt(step) (> 0)
     # evaluation and sampling, free to change on a trained model
     temperature: float = 1.0  # factor of the noise; a smaller one gives images nearer to that of zero noise (> 0)
     label: str | None = None  # sample this class only, by its name or number; else all in turn

@@ -365,6 +365,32 @@ def test_a_likelihood_is_found_without_samples(tmp_path, monkeypatch):
     assert drawn == [1, 1, 10_000]
 
 
+def test_no_label_of_the_plot_covers_another(tmp_path, monkeypatch):
+    """Eight rows at one point, two beside it: their labels lie apart, within the axes, and not on a point."""
+    rows = board.ROWS[:10]
+    results = [{"seconds_64": 1.0, "distance": 0.5, "floor": 0.04, "bpd": 1.0 + i} for i in range(8)]
+    results += [{"seconds_64": 100.0, "distance": 0.5, "floor": 0.04}]
+    results += [{"seconds_64": 1.1, "distance": 2.0, "floor": 0.04, "nats": 80}]
+    place = board.place_label
+    placed = []
+
+    def noted(axis, text, point, taken):
+        box = place(axis, text, point, taken)
+        placed.append((text, box, axis, list(taken)))
+        return box
+
+    monkeypatch.setattr(board, "place_label", noted)
+    groups = [board.Group(row, [result]) for row, result in zip(rows, results, strict=True)]
+    board.draw_plot(groups, tmp_path / "plot.png")
+    assert [text.split(",")[0] for text, *_ in placed] == [row.name for row in rows]
+    assert placed[0][0].endswith(", 1.00 bits/dim") and placed[9][0].endswith(", 80.0 nats")
+    for _, box, axis, taken in placed:
+        assert not any(box.overlaps(other) for other in taken)
+        assert axis.bbox.x0 < box.x0 < box.x1 < axis.bbox.x1
+    texts = [text.get_text() for text in placed[0][2].texts]
+    assert sorted(texts) == sorted(text for text, *_ in placed)  # those that found no place at first are gone
+
+
 @pytest.mark.parametrize("argv, message", [(["distance", "x"], "--target distance x"), (["fid", "1"], "--target fid 1"),
                                            (["bpd", "1", "--every", "0"], "--every 0.0: must be above 0")])
 def test_errors_of_records(argv, message, capsys):

@@ -476,9 +476,30 @@ def draw_samples(groups, path):
     figure.savefig(path, dpi=100)
 
 
+def place_label(axis, text, point, taken):
+    """Write beside a point, as near as no box of `taken` is covered, with a line to it -> the box of the text, in pixels."""
+    from matplotlib.text import Text
+
+    for up in (0, 11, -11, 22, -22, 33, -33, 44, -44, 55, -55, 66, -66):  # points of 1/72 inch
+        for right in (8, -8):
+            side = "left" if right > 0 else "right"
+            line = {"arrowstyle": "-", "linewidth": 0.4} if up else None
+            label = axis.annotate(text, point, (right, up), textcoords="offset points", fontsize=7, ha=side, va="center",
+                                  arrowprops=line)
+            label.get_window_extent()  # this puts the text in its place
+            box = Text.get_window_extent(label).padded(2)  # without the line
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                return box
+            label.remove()
+    axis.add_artist(label)  # no place is free
+    return box
+
+
 def draw_plot(groups, path):
     """The distance against the seconds for 64 samples, the mean of seeds; the likelihood is the colour and stands beside it."""
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
     figure = Figure((9, 6), layout="tight")
     axis = figure.add_subplot(xlabel="seconds for 64 samples", ylabel="distance of the samples", xscale="log", yscale="log")
@@ -490,14 +511,18 @@ def draw_plot(groups, path):
     if known.any():
         dots = axis.scatter(np.array(x)[known], np.array(y)[known], 60, bits[known], cmap="viridis_r", edgecolors="black")
         figure.colorbar(dots, label="bits/dim")
+    axis.axhline(groups[0].rows[0]["floor"], color="grey", linestyle="--", label=FLOOR)
+    legend = axis.legend(fontsize=8)
+    axis.margins(0.2, 0.12)
+    figure.draw_without_rendering()  # from here on the place of everything is known
+    figure.set_layout_engine("none")
+    points = axis.transData.transform(np.column_stack([x, y]))
+    taken = [legend.get_window_extent(), *(Bbox.from_extents(*(point - 8), *(point + 8)) for point in points)]
     for g, a, b in zip(groups, x, y, strict=True):
         r = g.rows[0]
-        nats = f"\n{np.mean([s['nats'] for s in g.rows]):.1f} nats" if "nats" in r else ""
-        bpd = f"\n{np.mean([s['bpd'] for s in g.rows]):.2f} bits/dim" if "bpd" in r else ""
-        axis.annotate(g.row.name + nats + bpd, (a, b), (6, 3), textcoords="offset points", fontsize=7)
-    axis.axhline(groups[0].rows[0]["floor"], color="grey", linestyle="--", label=FLOOR)
-    axis.legend(fontsize=8)
-    axis.margins(0.2, 0.12)
+        nats = f", {np.mean([s['nats'] for s in g.rows]):.1f} nats" if "nats" in r else ""
+        bpd = f", {np.mean([s['bpd'] for s in g.rows]):.2f} bits/dim" if "bpd" in r else ""
+        taken.append(place_label(axis, g.row.name + nats + bpd, (a, b), taken))
     figure.savefig(path, dpi=100)
 
 

@@ -258,8 +258,9 @@ class Discriminator(nn.Module):
         return self.act_last(self.last(h))
 
     def forward(self, x, y):
-        phi = self.features(x)
-        return self.out(phi)[:, 0] + (phi * self.class_vector(y)).sum(1) / phi.shape[1] ** 0.5  # projection eq. 3, scaled
+        phi = self.features(x).to(self.class_vector.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the losses see small differences of large scores
+            return self.out(phi)[:, 0] + (phi * self.class_vector(y)).sum(1) / phi.shape[1] ** 0.5  # projection eq. 3, scaled
 
 
 # ---- the detector of dropped modes

@@ -240,6 +240,21 @@ def test_labels_reach_both_networks():
     assert_close(scores - scores[0], (e - e[0]) @ D.features(x[:1])[0] / 8**0.5)
 
 
+def test_bf16_keeps_small_differences_of_large_scores():
+    """A number that is added to every score changes no difference of two, which is all that the relativistic loss sees."""
+    _, D, _ = build()
+    D.float()
+    x, y, _ = batch()
+    found = []
+    for shift in (0.0, 100.0):
+        nn.init.constant_(D.out.bias, shift)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(D(x.float(), y) - shift)
+            assert D.features(x.float()).dtype == torch.bfloat16
+    assert_close(found[1], found[0], atol=1e-4, rtol=0)
+    assert found[0].std() > 0.01
+
+
 def test_layers_begin_with_their_gain():
     """The mean square of what a convolution puts out is gain^2 for an input of 1, and a residual branch begins at a tenth."""
     x = torch.randn(200, 64, 3, 3)

@@ -202,6 +202,39 @@ def test_a_step_gives_the_features_of_a_pass(arch, B, H, W):
             so_far[:, :, i, j] = x[:, :, i, j]
 
 
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_wide_kernels_are_causal_and_their_cache_gives_the_features_of_a_pass(kernel):
+    """At every place: near the edges, where a kernel sees beyond the image, and away from them."""
+    net, _ = build((2, 5, 9), "pixelcnn", kernel=kernel, width=32)
+    x, y = torch.randn(2, 2, 5, 9, dtype=torch.float64), torch.arange(2)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net.trunk(x, y[1:]).sum(1), x[1:])  # (1,5,9,1,2,5,9)
+    seen = jacobian.abs().sum((0, 3, 4)).view(45, 45)
+    assert (seen.triu() == 0).all() and (seen.sum(1)[1:] > 0).all()
+    with torch.no_grad():
+        whole, so_far = net.trunk(x, y), torch.zeros_like(x)
+        cache = autoregressive.CACHES["pixelcnn"](net.trunk, so_far, y)
+        for i, j in itertools.product(range(5), range(9)):
+            assert_close(cache.step(so_far, i, j), whole[:, :, i, j])
+            so_far[:, :, i, j] = x[:, :, i, j]
+
+
+def test_a_gated_block_against_its_formula():
+    """Gated PixelCNN eq. 4 in both stacks, each with its half of the label, and what the vertical one gives to the other."""
+    net, _ = build((3, 4, 5), "pixelcnn", blocks=1)
+    block, conv2d = net.trunk.blocks[0], torch.nn.functional.conv2d
+    v, h, y = *torch.randn(2, 2, 8, 4, 5, dtype=torch.float64), torch.tensor([0, 2])
+    found_v, found_h, found_g = block(v, h, y)
+    of_v, of_h = block.label.weight[y][:, :, None, None].split(16, 1)
+    u = conv2d(torch.nn.functional.pad(v, (1, 1, 1, 0)), block.v_conv.weight, block.v_conv.bias)
+    a, b = (u + of_v).split(8, 1)
+    assert_close(found_v, v + torch.tanh(a) * torch.sigmoid(b))
+    left = block.h_conv.weight[:, :, :, :2]  # and the centre
+    w = conv2d(torch.nn.functional.pad(h, (1, 0)), left, block.h_conv.bias)
+    a, b = (w + conv2d(u, block.v_to_h.weight, block.v_to_h.bias) + of_h).split(8, 1)
+    assert_close(found_g, torch.tanh(a) * torch.sigmoid(b))
+    assert_close(found_h, h + conv2d(found_g, block.h_out.weight, block.h_out.bias))
+
+
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("n", [1, 5])
 def test_the_head_pixel_by_pixel(output, n):

@@ -135,6 +135,20 @@ def test_the_weight_of_each_method(method):
     assert_close(losses, weight * error**2)
 
 
+@pytest.mark.parametrize("method, alpha, sigma, target", [
+    ("ddpm", math.exp(-0.3 * 0.1 / 2 - 0.3**2 * 19.9 / 4), None, "eps"),  # Song 2021, the SDE paper, eq. 33
+    ("cosine", math.cos(0.15 * math.pi), math.sin(0.15 * math.pi), "eps"), ("flow", 0.7, 0.3, "eps - x"),
+    ("v", math.cos(0.15 * math.pi), math.sin(0.15 * math.pi), "v"), ("jit", 0.7, 0.3, "x")])
+def test_the_chain_and_the_target_of_each_method(method, alpha, sigma, target):
+    """At t = 0.3, of the paper that the method is named after: x_t, and what a network without loss says."""
+    cfg, sigma = config(method=method), sigma or (1 - alpha**2) ** 0.5
+    x, eps = torch.rand(1, 1, 4, 4, dtype=torch.float64) * 2 - 1, torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    t, seen = torch.tensor([0.3], dtype=torch.float64), []
+    said = {"eps": eps, "x": x, "v": alpha * eps - sigma * x, "eps - x": eps - x}[target]
+    assert diffusion.loss(lambda x_t, t, y: seen.append(x_t) or said, x, None, cfg, t, eps).item() < 1e-12
+    assert_close(seen[0], alpha * x + sigma * eps)
+
+
 @pytest.mark.parametrize("method", list(diffusion.METHODS))
 def test_training_times(method):
     """The drawn t follow --times, within the ends of the chain; a perfect network has no loss."""
@@ -459,6 +473,20 @@ def test_tuning_draws_from_the_chains_of_its_teacher(schedule, world):
     if world == 3:
         assert not first & chains(draw(1, rank=1)[2][2])
         assert len(draw(1, rank=2)[2][1]) == 333
+
+
+def test_tuning_draws_each_latent_with_the_end_and_the_label_of_its_chain():
+    """Of a teacher that knows one image of each class, so that each of its chains is a straight line to it."""
+    cfg = config(sampler="dpm++", nfe=6, guidance=1.0, batch_size=200)
+
+    def teacher(x_t, t, y):
+        return oracle(y.view(-1, 1, 1, 1) / 10 - 0.45, cfg)(x_t, t)
+
+    run = types.SimpleNamespace(step=1, rank=0, world=1, shape=(1, 2, 2), classes=10, device="cpu")
+    x_t, t, end, y = next(diffusion.tuning_batches(teacher, cfg, run))
+    assert_close(end, (y / 10 - 0.45).view(-1, 1, 1, 1).expand_as(end), atol=1e-4, rtol=0)
+    assert_close(denoise(teacher, x_t, t, y, cfg), end, atol=1e-3, rtol=0)
+    assert len(y.unique()) == 10 and len(t.unique()) == 6
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])
@@ -933,6 +961,20 @@ def test_without_labels_the_network_is_told_none(digits, tmp_path, capsys):
     said = capsys.readouterr().out
     assert model.label is None and "test bits/dim" in said and "given the label" not in said
     assert sample(model, torch.randn(2, 1, 8, 8), None, cfg).shape == (2, 1, 8, 8)
+
+
+def test_without_classes_each_evaluation_is_a_step():
+    """There is no label to drop, so --guidance takes no second evaluation of what --nfe pays for."""
+    asked = []
+
+    def model(x_t, t, y):
+        asked.append((t[0].item(), y))
+        return x_t
+
+    model.classes = 0
+    run = types.SimpleNamespace(shape=(1, 2, 2), classes=0, device="cpu", labels=lambda n: torch.zeros(n, dtype=torch.long))
+    diffusion.generate(model, 3, config(nfe=8, guidance=2.0, guidance_interval=(-14.0, 14.0)), run)
+    assert len(asked) == len({t for t, _ in asked}) == 8 and all(y is None for _, y in asked)
 
 
 def test_ema_follows_its_formula(digits, tmp_path, monkeypatch):

@@ -88,6 +88,45 @@ def test_log_scales_of_affine_couplings_are_bounded():
         assert_close(log_det, torch.full((2,), numbers * bound, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
+def bounded_affine(z, params, bound):
+    """z exp(log_s) + shift, log_s within the bound."""
+    raw, shift = params.chunk(2, 1)
+    return z * torch.exp(bound * torch.tanh(raw / bound)) + shift
+
+
+def test_what_steps_and_priors_of_glow_hear():
+    """A step the class and the channels that stay, a prior the class and the channels that go on, where there are some."""
+    model, _ = build("affine", (1, 8, 8))
+    (x, y), conv2d = batch(3, (4, 4, 4)), torch.nn.functional.conv2d
+    step, split, last = model.f.scales[0]["steps"][0], model.f.scales[0]["split"], model.f.last
+    h = torch.relu(conv2d(x[:, :2], step.conv1.weight, step.conv1.bias, padding=1) + step.label.weight[y][:, :, None, None])
+    h = torch.relu(conv2d(h, step.conv2.weight, step.conv2.bias))
+    params = conv2d(h, step.conv3.weight, step.conv3.bias, padding=1)
+    assert_close(step.transform(x, y)[0], torch.cat([x[:, :2], bounded_affine(x[:, 2:], params, 2)], 1))
+    seen, z = x.chunk(2, 1)
+    params = split.label.weight[y][:, :, None, None] + conv2d(seen, split.conv.weight, split.conv.bias, padding=1)
+    assert_close(split(z, seen, y)[0], bounded_affine(z, params, 6))
+    z = torch.randn(3, last.label.weight.shape[1] // 2, 1, 1, dtype=torch.float64)
+    assert_close(last(z, None, y)[0], bounded_affine(z, last.label.weight[y][:, :, None, None], 6))
+
+
+@pytest.mark.parametrize("kind, T", [("spline", 3.0), ("tarflow", 1.0)])
+def test_where_a_spline_ends(kind, T):
+    """From T on it is the identity: 3 in steps of Glow, which normal numbers seldom leave, 1 in blocks of TarFlow."""
+    model, _ = build(kind)
+    x = torch.linspace(-2 * T, 2 * T, 64, dtype=torch.float64).view(1, 4, 4, 4)
+    y = torch.tensor([1])
+    if kind == "spline":
+        kept, step = 2, model.f.scales[0]["steps"][0]
+        z = step.transform(x, y)[0]
+    else:
+        kept, block = 0, model.f.blocks[0]
+        x = x.flatten(2)
+        z = block.transform(x, torch.randn(1, 4, 16, flow.PARAMS["spline"], dtype=torch.float64))[0]
+    x, z = x[:, kept:], z[:, kept:]
+    assert torch.equal(z[x.abs() >= T], x[x.abs() >= T]) and (z[x.abs() < T] != x[x.abs() < T]).all()
+
+
 @every_kind
 def test_log_det_of_the_inverse(kind):
     """The Jacobian of the inverse, whole, has the determinant's reciprocal."""
@@ -318,6 +357,20 @@ def test_the_losses_of_the_learned_inverse_against_their_formulas():
     assert_close(losses["critic_loss"].item(), critic_loss, rtol=1e-3, atol=0)
     assert_close(losses["loss"].item(), 0.04 + critic_loss + math.log1p(math.exp(-gap)), rtol=1e-3, atol=0)
     assert_close(model.f.inverse(eps, y, "learned")[0], v + 0.2)  # what is sampled is what is trained
+
+
+def test_the_learned_inverse_is_taught_the_noise_of_the_exact_flow():
+    """Under --amp too: as evaluation has it, the flow is computed in float32."""
+    model, cfg = learnable()
+    model, seen = model.float(), []
+    x, y = torch.randint(0, 256, (3, 1, 4, 6)), torch.tensor([0, 2, 1])
+    model.f.learned.register_forward_pre_hook(lambda network, args: seen.append(args[0]))
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        flow.inverse_losses(model, x, y, cfg)
+    torch.manual_seed(1)
+    eps, _ = model.f(dequantize(model, x)[0], y)
+    assert_close(seen[0], eps[0].detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_slope_is_the_square_of_the_gradient_in_the_mean():
@@ -635,6 +688,16 @@ def test_the_learned_noise_is_a_density(shape):
     assert_close(log_q[0], (log_normal([noise]) - torch.linalg.slogdet(J)[1])[0])
     assert u.min() > 0 and u.max() < 1
     assert (u != torch.sigmoid(noise)).all()  # each pixel is transformed, of both colours of the chessboard
+
+
+def test_the_learned_noise_depends_on_the_image():
+    """From the same normal noise another image has other noise, in each pixel."""
+    model, _ = build("affine", dequantize="variational")
+    noise = []
+    for x in torch.rand(2, 3, 1, 4, 4, dtype=torch.float64):
+        torch.manual_seed(1)
+        noise.append(model.dequantizer(x)[0])
+    assert (noise[0] != noise[1]).all()
 
 
 def test_labels_matter_and_their_mean_is_the_likelihood(monkeypatch):

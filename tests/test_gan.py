@@ -229,6 +229,21 @@ def test_any_size(shape, normed):
     assert all(p.grad.isfinite().all() for p in D.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_spectral_norm_is_of_each_weight_of_d_but_for_the_classes(normed):
+    """Its largest singular value is 1, a convolution's weight being a matrix with a row for each output; G has none."""
+    G, D, _ = build(spectral_norm=normed, blocks=2)
+    x, y, _ = batch()
+    for _ in range(100 * normed):
+        D(x, y)  # each call is a step of the power iteration
+    layers = [layer for layer in D.eval().modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 1 + 2 * 2 * 2 + 2  # stem, two blocks at two resolutions, last and out
+    for layer in layers:
+        assert nn.utils.parametrize.is_parametrized(layer) == normed
+        assert not normed or torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.01)
+    assert not any(nn.utils.parametrize.is_parametrized(layer) for layer in (*G.modules(), D.class_vector))
+
+
 def test_labels_reach_both_networks():
     G, D, _ = build()
     _, _, z = batch(1)
@@ -253,6 +268,24 @@ def test_bf16_keeps_small_differences_of_large_scores():
             assert D.features(x.float()).dtype == torch.bfloat16
     assert_close(found[1], found[0], atol=1e-4, rtol=0)
     assert found[0].std() > 0.01
+
+
+def test_the_features_of_d_against_their_formula():
+    """At one resolution: the stem, a residual block, and all places together in one layer, each after an activation."""
+    _, D, _ = build((2, 4, 3))
+    for p in D.parameters():
+        nn.init.normal_(p, std=0.3)
+
+    def act(h, layer):
+        h = h + layer.bias.view(-1, *(1,) * (h.dim() - 2))
+        return math.sqrt(2) * torch.where(h > 0, h, 0.2 * h)
+
+    x, _, _ = batch(5, (2, 4, 3))
+    first, conv1, second, conv2 = D.levels[0][0]
+    h = F.conv2d(x, D.stem.weight)
+    h = h + F.conv2d(act(F.conv2d(act(h, first), conv1.weight, padding=1), second), conv2.weight, padding=1)
+    h = act(h, D.act).permute(0, 2, 3, 1).flatten(1)
+    assert_close(D.features(x), act(F.linear(h, D.last.weight, D.last.bias), D.act_last))
 
 
 def test_layers_begin_with_their_gain():
@@ -317,6 +350,15 @@ def test_stacked_digits():
     assert any(len(image.flatten(1).unique(dim=0)) == 3 for image in stacked.train)  # each channel is a draw of its own
     tested = {image.numpy().tobytes() for image in data.test[:, 0]}
     assert all(channel.numpy().tobytes() in tested for image in stacked.test for channel in image)
+
+
+def test_stacked_digits_are_made_of_mnist(tmp_path, monkeypatch):
+    """At the size that is asked for; what is trained on is the stack."""
+    data, asked, batches, batch = tiny.make_data(gan), [], [], gan.Run.batch
+    monkeypatch.setattr(gan, "load_data", lambda *args: asked.append(args) or data)
+    monkeypatch.setattr(gan.Run, "batch", lambda run, of: batches.append(of.train) or batch(run, of))
+    gan.main([*TINY, *"--steps 1 --dataset stacked_mnist --image-size 8 --data-dir here --out".split(), str(tmp_path / "run")])
+    assert asked == [("mnist", "here", 8)] and torch.equal(batches[0], gan.stack(data).train)
 
 
 def test_one_image_has_no_diversity_to_compare_with():
@@ -419,6 +461,20 @@ def test_a_penalty_asks_a_discriminator_that_is_not_compiled(flags, compiled, di
     monkeypatch.setattr(gan, "loss_d", watch)
     gan.main([*TINY, "--compile", "--out", str(tmp_path / "run"), *flags.split()])
     assert asked == [not compiled] * 4
+
+
+@pytest.mark.parametrize("flags", ["--loss hinge", ""])
+def test_both_networks_are_compiled(flags, digits, tmp_path, monkeypatch):
+    """G in both steps, D wherever no penalty asks it: in the step of G always."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda network: lambda *args: network(*args))
+    for name, function in (("loss_d", loss_d), ("loss_g", loss_g)):
+        def watch(G, D, *args, name=name, inside=function):
+            asked.append((name, isinstance(G, Generator), isinstance(D, Discriminator)))
+            return inside(G, D, *args)
+        monkeypatch.setattr(gan, name, watch)
+    gan.main([*TINY, "--compile", "--steps", "1", "--out", str(tmp_path / "run"), *flags.split()])
+    assert asked == [("loss_d", False, flags == ""), ("loss_g", False, False)]
 
 
 @pytest.mark.parametrize("shares, told", [((0.6, 0.4), True), ((0.4, 0.6), True), ((0.6, 0.6), False)])

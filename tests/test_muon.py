@@ -146,6 +146,7 @@ def test_the_scaler_of_fp16_leaves_a_whole_step_out():
 
 INSIDE = {  # script and flags: what begins the names of the matrices that move by orthogonal momentum, and how many they are
     "vae --prior flow --flow-steps 2": (("up", "to_top", "down", "flow"), 2 + 1 + 3 + 2 * 3),
+    "vae --levels 2 --posterior iaf --flow-steps 2": (("up", "to_top", "down", "iaf"), 8 + 1 + 10 + 2 * 3),
     "flow --blocks 2 --layers 1": (("f.blocks.0.layers", "f.blocks.1.layers"), 8),
     "flow --arch glow": ((), 0),
     "flow --blocks 2 --layers 1 --optimizer adam": ((), 0),

@@ -86,6 +86,13 @@ def test_the_mean_of_a_pixel(std, wide):
     assert_close(vae.pixel_mean(params[:, :, :1], "bernoulli"), 2 * D.Bernoulli(logits=params[:, :, 0]).mean - 1)
 
 
+def test_the_mean_of_a_pixel_that_is_certain():
+    """Logistics far narrower than a level, whose scale float32 rounds to nought, have the mean of their means."""
+    params = torch.tensor([0.0, 1.0, -0.5, 0.5, -200.0, -300.0]).view(1, 1, 6, 1, 1)
+    p = torch.tensor([0.0, 1.0]).softmax(0)
+    assert vae.pixel_mean(params, "mixture").item() == pytest.approx((-0.5 * p[0] + 0.5 * p[1]).item(), abs=1e-5)
+
+
 # ---- the bound
 
 
@@ -276,6 +283,21 @@ def test_each_level_sees_the_one_above_alone():
     assert_close(params, model.decode(bottom.z))
 
 
+def test_a_posterior_hears_the_level_above_and_its_own_part_of_the_image(monkeypatch):
+    """z_l hears z_l+1 and e_l, of which z_l+1 has heard e_l+1 ..., and no e below. Without noise the shift, which counts active
+    units, is how far z_l lies from the mean of its prior, in deviations of that."""
+    model, _ = build("levels")
+    monkeypatch.setattr(vae, "draw", lambda mu, logvar, temperature=1.0: mu)
+    e = [part.detach().requires_grad_() for part in model.encode(vae.scale(model, images(3)))]
+    _, draws = infer(model, e)
+    for level, draw in zip((3, 2, 1), draws, strict=True):
+        heard = torch.autograd.grad(draw.shift.square().sum(), e, retain_graph=True, allow_unused=True)
+        assert [g is not None and (g != 0).any().item() for g in heard] == [i >= level for i in (1, 2, 3)]
+    for i, above, draw in ((1, draws[0], draws[1]), (0, draws[1], draws[2])):
+        mu, logvar = model.lower_levels[i].prior(model.down[i + 1](above.z))
+        assert_close(draw.shift, (draw.z - mu) * torch.exp(-logvar / 2))
+
+
 def test_generation_is_that_chain(monkeypatch):
     """With the noise taken away, descend walks the means of the priors."""
     model, cfg = build("levels")
@@ -429,6 +451,17 @@ def test_vampprior_is_the_mixture_of_its_posteriors():
     assert_close(mu, model.top(model.encode(x)[-1])[0])
 
 
+def test_pseudo_inputs_are_seen_as_images():
+    """However far training has moved their pixels, the encoder sees none below black and none above white."""
+    model, _ = build("vamp")
+    seen, encode = [], model.encode
+    model.encode = lambda x: seen.append(x) or encode(x)
+    far = torch.linspace(-1, 2, model.pseudo.numel(), dtype=torch.float64).view_as(model.pseudo)
+    model.pseudo.data.copy_(far)
+    vae.vamp_components(model)
+    assert_close(seen[0].detach(), (2 * far - 1).clamp(-1, 1))
+
+
 def jacobian(function, z):
     return torch.autograd.functional.jacobian(function, z)
 
@@ -456,6 +489,22 @@ def test_iaf_step(D_):
             assert_close(flipped, flipped.tril())
             heard = jacobian(lambda c, s=step, z=z: s(z[None], c)[0][0], context)[:, 0]
             assert (heard.abs().sum(1) > 0).all()  # every dimension hears what the encoder says
+
+
+def test_iaf_is_told_what_the_encoder_says():
+    """The context of z_L is the end of e_L: with another one and the same noise each dimension of z is another, and each step
+    of the chain z_0, z_1 ... of IAF eq. 10 is that of this context."""
+    model, _ = build("iaf")
+    e = model.encode(vae.scale(model, images(4)))[-1].detach()
+    other = e.clone()
+    other[:, 2 * model.z_dim:] += 1
+    a, b = (seeded(vae.draw_top, model, part) for part in (e, other))
+    assert torch.equal(a.shift, b.shift) and (a.z != b.z).all()
+    mu, logvar, context = model.top(e)
+    z = seeded(vae.draw, mu, logvar)
+    for step in model.iaf:
+        z, _ = step(z, context)
+    assert_close(a.z, z)
 
 
 def test_iaf_posterior_is_a_density():

@@ -178,6 +178,16 @@ def test_a_score_is_of_a_patch_of_23_pixels():
         assert len(seen) == seen.max() - seen.min() + 1 == 23
 
 
+def test_the_discriminator_against_its_formula():
+    D, h = build()[1], batch(2, (1, 9, 12))
+    score, features = D(h)
+    for layer, feature, stride in zip(D.convs, features, (2, 2, 1), strict=True):
+        h = torch.nn.functional.conv2d(h, layer.weight, layer.bias, stride, padding=1)
+        h = torch.where(h > 0, h, 0.2 * h)
+        assert_close(feature, h)
+    assert_close(score, torch.nn.functional.conv2d(h, D.out.weight, D.out.bias, padding=1))
+
+
 def test_the_total_is_its_terms_and_each_step_leaves_the_other_alone():
     model, D, _, cfg = build(disc_start=5, disc_weight=0.3, perceptual_weight=0.7)
     x = batch()
@@ -241,6 +251,14 @@ def test_an_odd_size_is_a_whole_one_that_is_cropped():
     images, y = vqgan.generate(model, prior, 4, cfg, run)
     noise = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(cfg.seed))
     assert torch.equal(images, vqgan.to_uint8(model.draw(sample(prior, y, noise, cfg)))[..., :6, :11])
+
+
+def test_channels_double_with_each_halving_and_stop_at_four_times():
+    """In the encoder, and back in the decoder."""
+    model = Autoencoder(1, config((1, 32, 32), downsample=16))
+    up, down = ([block.branch[1].in_channels for block in part if isinstance(block, vqgan.ResBlock)]
+                for part in (model.encoder, model.decoder))
+    assert up == [8, 16, 32, 32, 32] and down == [32, 32, 32, 16, 8]  # one more at the lowest resolution
 
 
 def test_what_is_chosen_by_size_and_quantizer():
@@ -512,6 +530,13 @@ def test_a_prior_that_learns_nothing_is_told_after_a_quarter_of_stage_2(share, t
     assert (f"warning: step {step}: 2.96 bits a code, 3.00 where all" in err) == bool(told)
 
 
+@pytest.mark.parametrize("flags, told", [("", True), ("--no-labels", False)])
+def test_bits_given_the_label_are_told_where_there_are_labels(flags, told, digits, tmp_path, capsys):
+    vqgan.main([*TINY, "--steps", "2", "--out", str(tmp_path / "run"), *flags.split()])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "bits a code" in line)
+    assert ("bits a code given the label," in line) == told
+
+
 @pytest.mark.parametrize("given, shape", [("0 0", (6, 10)), ("12 0", (12, 10)), ("0 12", (6, 12)), ("8 14", (8, 14))])
 def test_a_side_that_is_not_given_is_that_of_training(given, shape, tmp_path, monkeypatch):
     data = tiny.make_data(vqgan, shape=(1, 6, 10))
@@ -614,6 +639,14 @@ def test_compiled_training_is_the_same(digits, tmp_path, monkeypatch):
     for part in ("model", "discriminator", "prior", "ema_model", "ema_prior"):
         for name in a[part]:
             assert_close(a[part][name], b[part][name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_compiled(digits, tmp_path, monkeypatch):
+    """Encoder, decoder and transformer, which do the work."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(type(network)))
+    vqgan.main([*TINY, "--compile", "--steps", "1", "--out", str(tmp_path / "run")])
+    assert sorted(compiled, key=str) == sorted([vqgan.Encoder, vqgan.Decoder, Prior], key=str)
 
 
 def test_training_on_digits_reaches_its_bar(tmp_path):

@@ -526,6 +526,35 @@ def test_what_is_logged_was_minimised(name, tmp_path, monkeypatch):
     assert lines[step + 1]["final"] and {function for function, _ in seen} == set(LOSSES[name])
 
 
+def test_the_norms_that_are_logged_are_those_of_the_gradients(module, tmp_path, monkeypatch):
+    """Of each network that has one in the log, before they are clipped: by autograd from the loss of its step."""
+    norms, update = [], module.Run.update
+
+    def wrapped(self, loss, model, *args):
+        weights = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        norms.append((type(model).__name__, torch.cat([g.flatten() for g in grads if g is not None]).norm().item()))
+        return update(self, loss, model, *args)
+
+    monkeypatch.setattr(module.Run, "update", wrapped)
+    lines = metrics(go(module, tmp_path / "run", *(["--stage1", 2] if module.__name__ == "vqgan" else [])))[:-1]
+    names = {"Generator": "grad_norm_g", "Discriminator": "grad_norm_d" if module.__name__ == "gan" else None}
+    found = {name: [line[name] for line in lines if name in line] for name in ("grad_norm", "grad_norm_g", "grad_norm_d")}
+    for name, logged in found.items():
+        assert logged == pytest.approx([norm for network, norm in norms if names.get(network, "grad_norm") == name], rel=1e-4)
+    assert sum(map(len, found.values())) == (6 if module.__name__ == "gan" else 3)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_each_loss_of_training_has_the_precision_of_amp(amp, module, tmp_path, monkeypatch):
+    """In each of the steps, of each network."""
+    seen = []
+    watch_losses(module, monkeypatch, lambda function, *_: seen.append((function, torch.is_autocast_enabled("cpu"))))
+    go(module, tmp_path / "run", "--amp", amp, *(["--stage1", 2] if module.__name__ == "vqgan" else []))
+    assert {function for function, _ in seen} == set(LOSSES[module.__name__])
+    assert {enabled for _, enabled in seen} == {amp == "bf16"}
+
+
 # ---- evaluation and samples
 
 
@@ -677,9 +706,12 @@ def test_the_passes_that_are_told_are_the_most_of_a_batch(name, tmp_path, monkey
     assert module.generate(*args)[2] == 9
 
 
-def test_the_last_grid_of_training_is_that_of_the_samples(module, tmp_path):
-    """Made of the averaged network and the noise of --seed: as many images of the same checkpoint, the same picture."""
-    out = go(module, tmp_path / "run", "--num-samples", 80, "--save-every", 3, "--ema", 0.5)
+@pytest.mark.parametrize("asked", [{}, {"label": 1, "temperature": 0.5, "guidance": 3}], ids=["default", "flags"])
+def test_the_last_grid_of_training_is_that_of_the_samples(asked, module, tmp_path):
+    """Made of the averaged network, the noise of --seed and what is asked of samples: as many images of the same checkpoint,
+    the same picture."""
+    flags = [word for name, value in asked.items() if hasattr(module.Config, name) for word in (f"--{name}", value)]
+    out = go(module, tmp_path / "run", "--num-samples", 80, "--save-every", 3, "--ema", 0.5, *flags)
     assert (out / "samples.png").read_bytes() == (out / "samples" / "step_000003.png").read_bytes()
 
 

@@ -1354,6 +1354,23 @@ def test_a_reader_that_leaves_does_not_end_the_program(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_numbers_below_the_normal_ones_become_0_in_every_thread(name, tmp_path):
+    """Of a run in a process of its own, whose threads begin after it: each half of a large tensor is another thread's."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    code = f"""
+import torch
+torch.set_num_threads(2)
+import {name}
+{name}.Run({name}.Config(out="run", kernels="torch"), {{}})
+product = torch.full((1 << 20,), 1e-40) * 0.9
+assert not product.view(torch.int32).any()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_names_that_stdout_cannot_show(encoding, tmp_path, monkeypatch):
     """Shown as well as can be, in what is printed and in an error."""

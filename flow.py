@@ -1293,7 +1293,7 @@ class Run:
         except (ImportError, AttributeError):  # PyPI has an unrelated package of this name
             if mode == "triton":
                 fail("--kernels triton: the folder kernels/ is not beside this script")
-        torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: many CPUs compute with them many times slower
+        torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: some CPUs compute with them many times slower
         self.device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         if self.world > 1 and not dist.is_initialized():
             # loaded later, as an optimizer does, it would hold the group, whose threads would then outlive the program

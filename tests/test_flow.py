@@ -163,7 +163,13 @@ def test_inverse_far_out_and_after_training(kind):
         x = data[:8] * scale
         x[:, :, 0, 0] = torch.linspace(-3, 3, 8)[:, None]
         with torch.no_grad():
-            assert_close(model.f.inverse(model.f(x, y[:8])[0], y[:8], "cached")[0], x, rtol=1e-5, atol=1e-5)
+            eps = model.f(x, y[:8])[0]
+            found = model.f.inverse(eps, y[:8], "cached")[0]
+            again = model.f(found, y[:8])[0]
+        for e, e_again in zip(eps, again, strict=True):
+            assert_close(e_again, e, rtol=1e-9, atol=1e-9)
+        far = 10 if scale > 1 else 1  # where the flow shrinks numbers, the rounding of the noise is many times larger in x
+        assert_close(found, x, rtol=far * 1e-5, atol=far * 1e-5)
 
 
 @every_kind

@@ -153,13 +153,13 @@ def test_inverse_far_out_and_after_training(kind):
     data, y = batch(64, shape)
     data = data.sign() * data.abs().sqrt()
     before = -log_density(model, data, y).mean()
-    for _ in range(60):
+    for _ in range(40):
         loss = -log_density(model, data, y).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < before - 1
-    for scale in (1.0, 3.0):  # further out a spline flow may shrink by e^-30, more than float64 brings back
+    for scale in (1.0, 3.0):  # further out, or trained longer, a spline flow may shrink by e^-30, more than float64 brings back
         x = data[:8] * scale
         x[:, :, 0, 0] = torch.linspace(-3, 3, 8)[:, None]
         with torch.no_grad():
@@ -168,8 +168,7 @@ def test_inverse_far_out_and_after_training(kind):
             again = model.f(found, y[:8])[0]
         for e, e_again in zip(eps, again, strict=True):
             assert_close(e_again, e, rtol=1e-9, atol=1e-9)
-        far = 10 if scale > 1 else 1  # where the flow shrinks numbers, the rounding of the noise is many times larger in x
-        assert_close(found, x, rtol=far * 1e-5, atol=far * 1e-5)
+        assert_close(found, x, rtol=1e-7, atol=1e-7)
 
 
 @every_kind
